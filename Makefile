@@ -1,0 +1,35 @@
+# make train [ARGS="--config.train.steps=200"]   sets up .venv and trains MNIST
+# make test | make test-fast                     all tests | those that take under 30 seconds each
+# make lint                                      ruff
+PYTHON ?= python3
+CONFIG ?= configs/mnist.py
+ARGS ?=
+BIN = .venv/bin
+
+.PHONY: train test test-fast lint setup
+
+train: .venv/.installed
+	$(BIN)/python -m mptrain.main --config=$(CONFIG) $(ARGS)
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: .venv/.installed-test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: .venv/.installed-test
+
+.venv/.installed: requirements.txt requirements-orbit.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported: make PYTHON=python3.12 (3.10 to 3.13)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-orbit.txt
+	touch $@
+
+.venv/.installed-test: .venv/.installed requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@

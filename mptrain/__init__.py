@@ -1,0 +1,37 @@
+"""mptrain: custom training loops in mixed precision on TensorFlow that are fast and right.
+
+Names are imported on first use, so that reading a config or refusing a bad flag does not wait for TensorFlow.
+"""
+
+import importlib
+import os
+
+# mptrain trains with TensorFlow; a Keras set to another backend by the user's keras.json would only fail later and darkly.
+os.environ["KERAS_BACKEND"] = "tensorflow"
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Trainer": "mptrain.trainer",
+    "Precision": "mptrain.precision",
+    "LossScaleOptimizer": "mptrain.loss_scale",
+    "default_config": "mptrain.config",
+    "run": "mptrain.runner",
+    "InputError": "mptrain.errors",
+    "RunError": "mptrain.errors",
+}
+_ROOMS = ("config", "data", "devices", "errors", "loss_scale", "optimizers", "precision", "runner", "trainer")
+
+__all__ = sorted((*_HOMES, *_ROOMS))
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"mptrain.{name}")
+    raise AttributeError(f"module 'mptrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

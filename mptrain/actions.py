@@ -1,0 +1,120 @@
+"""Orbit actions: plain callables that get the outputs of a loop or of an evaluation when it has ended.
+
+Orbit gives an action neither the step nor a way to stop the run; here each knows its trainer, and raises `StopRun`.
+"""
+
+import signal
+import threading
+from collections.abc import Mapping
+
+from mptrain.checkpoints import Checkpoints
+from mptrain.console import Console
+from mptrain.errors import StopRun
+from mptrain.metrics_log import MetricsLog
+from mptrain.trainer import Trainer
+
+
+class LogMetrics:
+    """Writes the row of a loop ("train") or evaluation ("eval"), and an overflow event where steps were skipped."""
+
+    def __init__(self, trainer: Trainer, log: MetricsLog, split: str):
+        self._trainer = trainer
+        self._log = log
+        self._split = split
+        self._skipped = int(trainer.optimizer.skipped_steps)
+
+    def __call__(self, outputs: Mapping[str, float]) -> None:
+        step = int(self._trainer.global_step.numpy())
+        skipped = outputs.get("skipped_steps", self._skipped)
+        if skipped > self._skipped:
+            self._log.event(
+                step,
+                "overflow",
+                skipped=skipped - self._skipped,
+                loss_scale=outputs["loss_scale"],
+                variables=self._trainer.optimizer.nonfinite_variables(),
+                loss_finite=self._trainer.optimizer.loss_was_finite(),
+            )
+            self._skipped = skipped
+        self._log.row(step, self._split, outputs)
+
+
+class ShowProgress:
+    """Moves the progress bar."""
+
+    def __init__(self, trainer: Trainer, console: Console):
+        self._trainer = trainer
+        self._console = console
+
+    def __call__(self, outputs: Mapping[str, float]) -> None:
+        self._console.progress(int(self._trainer.global_step.numpy()), outputs)
+
+
+class SaveCheckpoint:
+    """Saves at absolute multiples of `every_steps`, so that a resumed run saves where the first would have."""
+
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, every_steps: int):
+        self._trainer = trainer
+        self._checkpoints = checkpoints
+        self._every_steps = every_steps
+
+    def __call__(self, outputs: Mapping[str, float]) -> None:
+        step = int(self._trainer.global_step.numpy())
+        if step % self._every_steps == 0:
+            self._checkpoints.save(step)
+
+
+class OverflowGuard:
+    """Ends a run in which every step is skipped (see `LossScaleOptimizer.raise_if_stuck`)."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+
+    def __call__(self, outputs: Mapping[str, float]) -> None:
+        self._trainer.optimizer.raise_if_stuck()
+
+
+class StopOnSignal:
+    """Ends the run after the loop in hand on SIGINT or SIGTERM; a second signal ends the process at once.
+
+    A context manager: the handlers are the run's while it is entered. Outside the main thread, where Python allows no
+    handlers, signals keep their meaning.
+
+    Args:
+        trainer: the run's trainer.
+        checkpoints: where the last state is saved.
+        log: gets the event.
+        console: says that the signal was heard.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, log: MetricsLog, console: Console):
+        self._trainer = trainer
+        self._checkpoints = checkpoints
+        self._log = log
+        self._console = console
+        self._received = None
+        self._previous = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        self._received = number
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)
+        self._console.warn(f"{signal.Signals(number).name}: saving after this loop; a second one stops at once")
+
+    def __call__(self, outputs: Mapping[str, float]) -> None:
+        if self._received is None:
+            return
+        step = int(self._trainer.global_step.numpy())
+        self._checkpoints.save(step)
+        self._log.event(step, "preemption", signal=signal.Signals(self._received).name)
+        raise StopRun(f"stopped at step {step}, saved", exit_status=128 + self._received)

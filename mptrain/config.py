@@ -1,0 +1,250 @@
+"""Every field of a run's config, once, with its unit and meaning, and the checks that come before any device is touched.
+
+A config file is a Python file with `get_config()` that calls `default_config()` and changes what it needs:
+
+    from mptrain import default_config
+
+    def get_config():
+        config = default_config()
+        config.trainer = "experiments.mnist.MnistTrainer"
+        config.train.epochs = 6
+        return config
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict, config_dict
+
+from mptrain.errors import InputError
+
+PRECISIONS = ("auto", "native", "float32", "mixed_float16", "mixed_bfloat16")
+SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
+STRATEGIES = ("auto", "one_device", "mirrored")
+
+# Groups whose fields an experiment names itself.
+_FREE_GROUPS = ("model",)
+
+# What may differ between the runs that share a folder: where and how often, never what is computed.
+RESUMABLE = (
+    "train.steps",
+    "train.epochs",
+    "train.steps_per_loop",
+    "train.jit_compile",
+    "eval.",
+    "checkpoint.",
+    "devices.",
+    "data.dir",
+    "data.eval_batch_size",
+)
+
+
+def _either(default):
+    """A field that takes values of several types, such as "auto" or a bool."""
+    return config_dict.FieldReference(default, field_type=object)
+
+
+def default_config() -> ConfigDict:
+    """Returns the locked config that holds every field with its default."""
+    config = ConfigDict()
+    config.seed = 0  # initial weights, data order, dropout: all follow from it and the step
+    config.trainer = config_dict.placeholder(str)  # "package.module.Class", a subclass of mptrain.Trainer
+    config.model = ConfigDict()  # the experiment's own fields
+
+    config.precision = ConfigDict()
+    config.precision.policy = "auto"  # auto | native | float32 | mixed_float16 | mixed_bfloat16
+
+    config.loss_scale = ConfigDict()  # used where the compute dtype is float16, and only there
+    config.loss_scale.dynamic = True  # False: the scale stays at initial_scale
+    config.loss_scale.initial_scale = 2.0**15
+    config.loss_scale.growth_interval = 2000  # applied steps in a row before the scale grows
+    config.loss_scale.growth_factor = 2.0
+    config.loss_scale.backoff_factor = 0.5  # what an overflow multiplies the scale by
+    config.loss_scale.min_scale = 1.0
+    config.loss_scale.max_scale = 2.0**24
+    config.loss_scale.hysteresis = 1  # overflows that are needed before the scale goes down
+    config.loss_scale.max_consecutive_skips = 50  # skipped steps in a row that end the run; in every precision
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # a Keras 3 optimizer, by class name in any case
+    config.optimizer.learning_rate = 1e-3  # peak, that is: after warm-up
+    config.optimizer.weight_decay = 0.0  # decoupled; biases and norms are left out
+    config.optimizer.clip_norm = 0.0  # global norm of the unscaled gradients; 0: no clipping
+
+    config.schedule = ConfigDict()  # of the learning rate, over applied steps
+    config.schedule.name = "constant"  # constant | cosine | linear | rsqrt
+    config.schedule.warmup_steps = 0  # linear, from 0
+    config.schedule.end_factor = 0.0  # cosine, linear: final learning rate as a share of the peak
+
+    config.data = ConfigDict()
+    config.data.name = "mnist"  # mnist (embedded) | idx (a folder of MNIST-like files)
+    config.data.dir = ""  # idx: the folder
+    config.data.batch_size = 128  # global: over all replicas
+    config.data.eval_batch_size = 1000  # global
+
+    config.train = ConfigDict()  # exactly one of steps and epochs
+    config.train.steps = config_dict.placeholder(int)  # attempted steps; skipped ones count
+    config.train.epochs = config_dict.placeholder(float)  # passes over the training set
+    config.train.steps_per_loop = 100  # steps in the graph between two looks at the outside world
+    config.train.jit_compile = _either("auto")  # "auto" | True | False: XLA for the train step
+
+    config.eval = ConfigDict()
+    config.eval.every_steps = 0  # absolute multiples; 0: once an epoch
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000  # absolute multiples; the last step is always saved
+    config.checkpoint.keep = 3  # newest ones
+
+    config.devices = ConfigDict()
+    config.devices.strategy = "auto"  # auto | one_device | mirrored
+    config.devices.virtual_cpus = 0  # logical CPU replicas, to try distribution on a laptop; 0: none
+
+    return config.lock()
+
+
+def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields (dotted path, value) of every field; groups named in `_FREE_GROUPS` count as one field each."""
+    for name in config:
+        value, path = config[name], f"{prefix}{name}"
+        if isinstance(value, ConfigDict) and path not in _FREE_GROUPS:
+            yield from fields(value, f"{path}.")
+        else:
+            yield path, value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def nearest(path: str) -> str:
+    """Returns the end of a sentence that names the field most like `path`, or says where the fields are listed."""
+    known = [name for name, _ in fields(default_config())]
+    close = difflib.get_close_matches(path, known, 1, 0.6)
+    if not close:
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+        close = [by_leaf[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], by_leaf, 1, 0.6)]
+    return f"did you mean {close[0]!r}?" if close else "all fields are listed in mptrain/config.py"
+
+
+def unknown_field(path: str) -> str:
+    """Returns the one-line message for a config field that does not exist."""
+    return f"unknown config field {path!r}: {nearest(path)}"
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks names, types, ranges and contradictions.
+
+    Raises:
+        InputError: with every fault found, one a line.
+    """
+    faults = list(_structure_faults(config)) or list(_value_faults(config))
+    if len(faults) > 1:
+        raise InputError(f"{len(faults)} faults in the config:\n  " + "\n  ".join(faults))
+    if faults:
+        raise InputError(faults[0])
+
+
+def _structure_faults(config: ConfigDict) -> Iterator[str]:
+    expected, given = dict(fields(default_config())), dict(fields(config))
+    types = default_config()
+    for path in given.keys() - expected.keys():
+        yield unknown_field(path)
+    for path in expected.keys() - given.keys():
+        yield f"config field {path!r} is missing: start from mptrain.default_config()"
+    for path in given.keys() & expected.keys():
+        group, _, leaf = path.rpartition(".")
+        wanted = (types[group] if group else types).get_type(leaf)
+        value = given[path]
+        if path in _FREE_GROUPS or wanted is object or value is None and expected[path] is None:
+            continue
+        number = wanted is float and isinstance(value, int)
+        if isinstance(value, bool) and wanted is not bool or not (isinstance(value, wanted) or number):
+            yield f"config.{path} is {value!r}: write a value of type {wanted.__name__}"
+
+
+def _value_faults(config: ConfigDict) -> Iterator[str]:
+    yield from _choice_faults(config)
+    yield from _range_faults(config)
+    if not config.trainer or "." not in config.trainer:
+        yield (f"config.trainer is {config.trainer!r}: write the module path and class, as 'experiments.mnist.MnistTrainer'")
+    steps, epochs = config.train.steps, config.train.epochs
+    if (steps is None) == (epochs is None):
+        state = "neither is" if steps is None else "both are"
+        yield f"config.train.steps and config.train.epochs: {state} set; set exactly one of them"
+    scale = config.loss_scale
+    if not scale.min_scale <= scale.initial_scale <= scale.max_scale:
+        yield (
+            f"config.loss_scale.initial_scale is {scale.initial_scale:g}: it must lie between min_scale"
+            f" ({scale.min_scale:g}) and max_scale ({scale.max_scale:g})"
+        )
+    if config.data.name == "idx" and not config.data.dir:
+        yield "config.data.dir is empty: data.name='idx' needs the folder that holds the four IDX files"
+    if config.devices.strategy == "one_device" and config.devices.virtual_cpus > 1:
+        yield (
+            f"config.devices.virtual_cpus is {config.devices.virtual_cpus} and devices.strategy is 'one_device':"
+            " set strategy='mirrored' or virtual_cpus=0"
+        )
+
+
+def _choice_faults(config: ConfigDict) -> Iterator[str]:
+    choices = {
+        "precision.policy": PRECISIONS,
+        "schedule.name": SCHEDULES,
+        "devices.strategy": STRATEGIES,
+        "train.jit_compile": ("auto", True, False),
+    }
+    values = dict(fields(config))
+    for path, allowed in choices.items():
+        if values[path] not in allowed or isinstance(values[path], int) and not isinstance(values[path], bool):
+            close = difflib.get_close_matches(str(values[path]), [str(a) for a in allowed], 1, 0.6)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            yield f"config.{path} is {values[path]!r}: {hint}write one of {', '.join(map(str, allowed))}"
+
+
+def _range_faults(config: ConfigDict) -> Iterator[str]:
+    positive = (
+        "data.batch_size",
+        "data.eval_batch_size",
+        "train.steps",
+        "train.epochs",
+        "train.steps_per_loop",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "loss_scale.growth_interval",
+        "loss_scale.hysteresis",
+        "loss_scale.max_consecutive_skips",
+        "loss_scale.min_scale",
+        "optimizer.learning_rate",
+    )
+    not_negative = (
+        "seed",
+        "eval.every_steps",
+        "schedule.warmup_steps",
+        "schedule.end_factor",
+        "devices.virtual_cpus",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+    )
+    values = dict(fields(config))
+    for path in positive:
+        if values[path] is not None and not 0 < values[path] < math.inf:
+            yield f"config.{path} is {values[path]}: write a number above 0"
+    for path in not_negative:
+        if not 0 <= values[path] < math.inf:
+            yield f"config.{path} is {values[path]}: write 0 or a number above"
+    if values["seed"] >= 2**31:
+        yield f"config.seed is {values['seed']}: write a number below 2**31"
+    if not values["loss_scale.growth_factor"] > 1:
+        yield f"config.loss_scale.growth_factor is {values['loss_scale.growth_factor']}: write a number above 1"
+    if not 0 < values["loss_scale.backoff_factor"] < 1:
+        yield f"config.loss_scale.backoff_factor is {values['loss_scale.backoff_factor']}: write a number between 0 and 1"
+
+
+def differences(old: dict, new: dict) -> dict[str, tuple[object, object]]:
+    """Returns {field: (old value, new value)} for two configs flattened by `dict(fields(config))`."""
+    absent = "(absent)"
+    paths = sorted(old.keys() | new.keys())
+    pairs = {path: (old.get(path, absent), new.get(path, absent)) for path in paths}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def is_resumable(path: str) -> bool:
+    """Whether a run may be resumed with another value of the field `path`."""
+    return path.startswith(RESUMABLE)

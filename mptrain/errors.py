@@ -1,0 +1,32 @@
+"""The errors that a user of mptrain is meant to read: one line each, without a traceback on the command line."""
+
+
+class InputError(Exception):
+    """Something given by the user is wrong: a flag, a config field, a data file, a folder. Exit status 2."""
+
+
+class RunError(Exception):
+    """A run that started well cannot go on, or must not. Exit status 1."""
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's message as the user should read it.
+
+    AutoGraph puts a trace of the traced function before the message of an error that was raised in it.
+    """
+    return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+
+
+class StopRun(Exception):
+    """Raised by an action at the end of a loop to end the run early and in good order (not an error by itself).
+
+    Orbit's controller has no way to stop between loops but an exception.
+
+    Args:
+        reason: one line for the user.
+        exit_status: what the command line returns: 0, or 128 + the signal's number.
+    """
+
+    def __init__(self, reason: str, exit_status: int = 0):
+        super().__init__(reason)
+        self.exit_status = exit_status

@@ -1,0 +1,132 @@
+"""Float32 kernels under float16 graphs, for CPUs.
+
+TensorFlow's CPU kernels for float16 are one to two orders of magnitude slower than those for float32 (a convolution's
+filter gradient takes 400 times as long), and XLA's are no better. `float32_kernels()` rewrites every graph that is traced
+inside it: an operation on float16 tensors becomes the same operation in float32, its inputs widened and its result rounded
+back to float16. Every tensor keeps its dtype and its range: what was float16 still overflows at 65,520 and underflows below
+2**-25, the gradient of a float16 layer is float16. Only the arithmetic *inside* one operation is more exact than that of a
+float16 kernel, as it is on a GPU, whose matrix units multiply float16 and add in float32.
+
+The rewriting works on the traced graph, below Keras and below `tf.Module`, because nothing above it sees the backward pass.
+It needs two private doors of TensorFlow, both used in this file alone: the list of graph transforms that `tf.function` calls
+after tracing, and `Operation._update_input`. `tests/test_half_kernels.py` fails when either changes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import tensorflow as tf
+from tensorflow.core.framework import attr_value_pb2, types_pb2
+from tensorflow.python.eager.polymorphic_function import transform
+
+# The result is one of the inputs' values, or zero: representable in float16 without rounding.
+_EXACT = frozenset(
+    "Abs BroadcastTo ConcatV2 ExpandDims GatherV2 Identity Max MaxPool Maximum Min Minimum MirrorPad Neg Pack Pad PadV2 Relu"
+    " Relu6 ReluGrad Relu6Grad Reshape ReverseV2 Select SelectV2 Slice Split SplitV Squeeze StridedSlice Tile Transpose"
+    " Unpack".split()
+)
+_ROUNDED = frozenset(
+    "Add AddN AddV2 AvgPool AvgPoolGrad BatchMatMulV2 BatchMatMulV3 BiasAdd BiasAddGrad Conv2D Conv2DBackpropFilter"
+    " Conv2DBackpropInput Conv3D Conv3DBackpropFilterV2 Conv3DBackpropInputV2 Cumsum DepthwiseConv2dNative"
+    " DepthwiseConv2dNativeBackpropFilter DepthwiseConv2dNativeBackpropInput Einsum Elu EluGrad Erf Exp Expm1"
+    " FusedBatchNormGradV3 FusedBatchNormV3 L2Loss LeakyRelu LeakyReluGrad Log Log1p LogSoftmax MatMul MaxPoolGrad Mean Mul"
+    " Pow Prod RealDiv Reciprocal ReciprocalGrad Rsqrt RsqrtGrad Selu SeluGrad Sigmoid SigmoidGrad Softmax Softplus"
+    " SoftplusGrad SoftmaxCrossEntropyWithLogits SparseSoftmaxCrossEntropyWithLogits Sqrt SqrtGrad Square SquaredDifference"
+    " Sub Sum Tanh TanhGrad UnsortedSegmentSum".split()
+)
+# A convolution or product and the bias added to it are rounded once, as every fused kernel does.
+_FUSED_WITH_BIAS = frozenset("Conv2D Conv3D DepthwiseConv2dNative MatMul BatchMatMulV2 BatchMatMulV3".split())
+
+
+@contextlib.contextmanager
+def float32_kernels() -> Iterator[None]:
+    """Rewrites every graph traced inside this context; a call of a `tf.function` traced before it is left as it was."""
+    transform.FUNC_GRAPH_TRANSFORMS.append(_rewrite)
+    try:
+        yield
+    finally:
+        transform.FUNC_GRAPH_TRANSFORMS.remove(_rewrite)
+
+
+def _rewrite(graph: tf.Graph) -> None:
+    """Replaces the float16 operations of `graph` in place; the replaced ones lose their consumers and are pruned."""
+    old = [op for op in graph.get_operations() if _is_half(op)]
+    if not old:
+        return
+    rewriting = _Rewriting(graph)
+    for op in old:
+        rewriting.replace(op)
+    replaced = set(old)
+    for op in graph.get_operations():
+        if op not in replaced:
+            for index, tensor in enumerate(op.inputs):
+                if tensor.ref() in rewriting.half:
+                    op._update_input(index, rewriting.half[tensor.ref()])
+    graph.outputs = [rewriting.half.get(tensor.ref(), tensor) for tensor in graph.outputs]
+
+
+def _is_half(op: tf.Operation) -> bool:
+    known = op.type in _EXACT or op.type in _ROUNDED
+    return known and any(t.dtype == tf.float16 for t in (*op.inputs, *op.outputs))
+
+
+class _Rewriting:
+    """The state of one graph's rewriting: for each old tensor, what stands for it now."""
+
+    def __init__(self, graph: tf.Graph):
+        self._graph = graph
+        self._wide = {}  # float16 tensor -> float32 tensor of the same values
+        self._unrounded = {}  # float16 result that waits for its bias -> float32 tensor before rounding
+        self.half = {}  # output of a replaced operation -> the tensor that replaces it
+
+    def replace(self, op: tf.Operation) -> None:
+        with (
+            self._graph.as_default(),
+            tf.device(op.device or None),
+            tf.name_scope(""),
+            self._graph.control_dependencies(op.control_inputs),
+        ):
+            inputs = [self._widened(tensor) for tensor in op.inputs]
+            if op.type == "BiasAdd":
+                inputs[0] = self._unrounded.get(op.inputs[0].ref(), inputs[0])
+            dtypes = [tf.float32 if t.dtype == tf.float16 else t.dtype for t in op.outputs]
+            new = self._graph.create_op(op.type, inputs, dtypes, attrs=_float32_attributes(op), name=f"{op.name}/float32")
+            for before, after in zip(op.outputs, new.outputs, strict=True):
+                self._record(op, before, after)
+
+    def _record(self, op: tf.Operation, before: tf.Tensor, after: tf.Tensor) -> None:
+        if before.dtype != tf.float16:
+            self.half[before.ref()] = after
+            return
+        rounded = tf.cast(after, tf.float16)
+        self.half[before.ref()] = rounded
+        if _is_exact(op):
+            self._wide[before.ref()] = after
+            return
+        if op.type in _FUSED_WITH_BIAS:
+            self._unrounded[before.ref()] = after
+        self._wide[before.ref()] = tf.cast(rounded, tf.float32)
+
+    def _widened(self, tensor: tf.Tensor) -> tf.Tensor:
+        if tensor.dtype != tf.float16:
+            return self.half.get(tensor.ref(), tensor)
+        if tensor.ref() not in self._wide:
+            with self._graph.control_dependencies(None):  # shared by later users, so free of the first one's conditions
+                self._wide[tensor.ref()] = tf.cast(tensor, tf.float32)
+        return self._wide[tensor.ref()]
+
+
+def _is_exact(op: tf.Operation) -> bool:
+    if op.type == "MaxPoolGrad":  # windows that do not overlap add nothing up
+        return all(size <= stride for size, stride in zip(op.get_attr("ksize"), op.get_attr("strides"), strict=True))
+    return op.type in _EXACT
+
+
+def _float32_attributes(op: tf.Operation) -> dict[str, attr_value_pb2.AttrValue]:
+    attributes = {}
+    for name, value in op.node_def.attr.items():
+        attributes[name] = attr_value_pb2.AttrValue()
+        attributes[name].CopyFrom(value)
+        if value.type == types_pb2.DT_HALF:
+            attributes[name].type = types_pb2.DT_FLOAT
+    return attributes

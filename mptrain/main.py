@@ -1,0 +1,106 @@
+"""The command line: `python -m mptrain.main --config=configs/mnist.py [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...]`.
+
+Parses flags and nothing else. TensorFlow is imported only when the flags are good, so a typing error is answered at once.
+"""
+
+import os
+import pathlib
+import re
+import sys
+import time
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mptrain import config as config_lib
+from mptrain.errors import InputError, RunError, StopRun, one_line
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; fields: --config.GROUP.FIELD=VALUE.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/CONFIG_NAME/DATE-TIME. Resumes.")
+_MODE = flags.DEFINE_enum("mode", "train_and_eval", ["train", "eval", "train_and_eval"], "What to do.")
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise InputError(f"unexpected argument {argv[1]!r}: flags begin with --, as in --config={argv[1]}")
+    if _CONFIG.value is None:
+        raise InputError("no config given: write --config=FILE, for instance --config=configs/mnist.py")
+    _let_one_length_replace_the_other(_CONFIG.value)
+    config_lib.validate(_CONFIG.value)
+    _quieten()
+    from mptrain import runner  # imports TensorFlow, after its log level is set
+
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    workdir = _WORKDIR.value or os.path.join("runs", name, time.strftime("%Y%m%d-%H%M%S"))
+    runner.run(_CONFIG.value, workdir, _MODE.value)
+
+
+def _let_one_length_replace_the_other(config) -> None:
+    """A length given on the command line replaces the config file's, in steps or in epochs; both given stay a fault."""
+    steps, epochs = (f"config.train.{name}" in flags.FLAGS for name in ("steps", "epochs"))
+    if steps and not epochs:
+        config.train.epochs = None
+    if epochs and not steps:
+        config.train.steps = None
+
+
+def _quieten() -> None:
+    """Keeps TensorFlow's start-up notices off the terminal, unless --verbosity=1 asks for them."""
+    if flags.FLAGS["verbosity"].present and logging.get_verbosity() >= logging.DEBUG:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.set_verbosity(logging.ERROR)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses `argv`; a mistake in a flag or in the config file becomes one line."""
+    try:
+        remaining = flags.FLAGS(argv)
+        list(_CONFIG.value or ())  # a file that did not load raises when it is first looked at
+        return remaining
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        _exit(2, _flag_message(argv, error))
+
+
+def _flag_message(argv: list[str], error: Exception) -> str:
+    given = dict(arg.lstrip("-").split("=", 1) for arg in argv[1:] if arg.startswith("--") and "=" in arg)
+    path = given.get("config", "").split(":")[0]
+    if path and not os.path.isfile(path):
+        return f"config file {path!r} not found: write --config=FILE, for instance --config=configs/mnist.py"
+    known = dict(config_lib.fields(config_lib.default_config()))
+    for flag in given:
+        field = flag.removeprefix("config.")
+        if field != flag and field not in known and not field.startswith("model."):
+            return config_lib.unknown_field(field)
+    text = str(error)
+    where = re.findall(rf'File "[^"]*{re.escape(os.path.basename(path))}", line (\d+)', text) if path else []
+    place = f"{path}, line {where[-1]}: " if where else f"{path}: " if "parsing config file" in text else ""
+    unknown = re.search(r'Key \\?"(\w+)\\?" does not exist', text)
+    if unknown:
+        return place + config_lib.unknown_field(unknown[1])
+    return place + text.strip().splitlines()[-1]
+
+
+def _exit(status: int, message: str) -> None:
+    print(f"mptrain: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def run() -> None:
+    """Runs the command line; the exit status is 0, 1 (failed run), 2 (bad input) or 128 + signal (stopped and saved)."""
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except InputError as error:
+            _exit(2, one_line(error))
+        except RunError as error:
+            _exit(1, one_line(error))
+        except StopRun as stop:
+            sys.exit(stop.exit_status)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,130 @@
+"""A run's folder: where things lie in it, and whether a run may use one that is there already."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+
+from ml_collections import ConfigDict
+
+from mptrain import config as config_lib
+from mptrain.errors import InputError
+
+_OWN_NAMES = ("checkpoints", "metrics.jsonl", "precision_plan.txt", "export", "report")
+_PACKAGES = ("mptrain", "tensorflow", "keras", "tf-keras", "tf-models-official", "numpy", "ml-collections")
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: where it is, or will be.
+
+    Raises:
+        InputError: if the folder cannot be used: no folder, not writable, or the remains of something else.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self.config_file = self.path / "config.json"
+        self.plan_file = self.path / "precision_plan.txt"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self._check_usable()
+
+    def _check_usable(self) -> None:
+        there = self.path
+        while not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir():
+            raise InputError(f"--workdir={self.path}: {there} is not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"--workdir={self.path}: {there} cannot be written to; name another folder")
+        remains = [name for name in _OWN_NAMES if (self.path / name).exists()]
+        if remains and not self.config_file.exists():
+            raise InputError(f"--workdir={self.path} holds {remains[0]} but no config.json: name another folder")
+
+    def changes(self, config: ConfigDict) -> dict[str, tuple[object, object]]:
+        """Returns {field: (before, now)} for what a resumed run changes and may change; empty for a new run.
+
+        Raises:
+            InputError: if the folder holds another run's config, or its config.json is damaged.
+        """
+        if not self.config_file.exists():
+            return {}
+        try:
+            before = json.loads(self.config_file.read_text())["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.config_file} is damaged ({error}): name another folder, or restore the file") from error
+        now = json.loads(json.dumps(dict(config_lib.fields(config))))
+        changes = config_lib.differences(before, now)
+        other = [path for path in changes if not config_lib.is_resumable(path)]
+        if other:
+            was, is_now = changes[other[0]]
+            more = f" and {len(other) - 1} more fields" if len(other) > 1 else ""
+            raise InputError(
+                f"--workdir={self.path} holds another run: config.{other[0]} was {was!r} and is {is_now!r}{more};"
+                " name another folder, or use that run's config"
+            )
+        return changes
+
+    def check_precision(self, name: str) -> None:
+        """Refuses to go on in another precision than the run began in, which `auto` chooses anew on other hardware.
+
+        Raises:
+            InputError: if the run began in another one.
+        """
+        began = json.loads(self.config_file.read_text())["precision"] if self.config_file.exists() else name
+        if began != name:
+            raise InputError(
+                f"--workdir={self.path}: the run began in {began} and auto now chooses {name}: write"
+                f" --config.precision.policy={began} in a new folder, or resume on the first hardware"
+            )
+
+    def create(self, config: ConfigDict, precision: str, devices: str, plan: str) -> None:
+        """Makes the folder and writes config.json and precision_plan.txt, each whole or not at all.
+
+        Raises:
+            InputError: if they cannot be written.
+        """
+        content = {
+            "config": dict(config_lib.fields(config)),
+            "precision": precision,
+            "devices": devices,
+            "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+            "git_revision": _git_revision(),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.config_file, json.dumps(content, indent=1) + "\n")
+            _replace(self.plan_file, plan)
+        except OSError as error:
+            raise InputError(f"--workdir={self.path} cannot be written to: {error.strerror}; name another folder") from error
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return None
+
+
+def _git_revision() -> str | None:
+    """Returns the revision of the checkout that the run was started in, with "+" where it has changes; None outside one."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,61 @@
+"""Four logical CPU devices for every test, and the small configs that the tests share."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pytest
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from mptrain import default_config, devices
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
+)
+
+
+@pytest.fixture
+def config():
+    """A whole run of tests.trainers.TinyTrainer: 12 steps, four loops, three evaluations, two checkpoints."""
+    config = default_config()
+    config.trainer = "tests.trainers.TinyTrainer"
+    config.precision.policy = "mixed_float16"
+    config.loss_scale.initial_scale = 2.0**10
+    config.optimizer.learning_rate = 1e-2
+    config.data.batch_size = 12
+    config.data.eval_batch_size = 32
+    config.train.steps = 12
+    config.train.steps_per_loop = 3
+    config.eval.every_steps = 4
+    config.checkpoint.every_steps = 6
+    return config
+
+
+@pytest.fixture
+def mirrored():
+    """Returns a MirroredStrategy of n logical CPUs."""
+    return lambda n: devices.strategy(ConfigDict({"strategy": "mirrored", "virtual_cpus": n}))
+
+
+@pytest.fixture
+def command():
+    """Runs `python -m mptrain.main` with the given flags in the repository's root; returns the finished process."""
+
+    def run(*flags, **options):
+        return subprocess.run(
+            [sys.executable, "-m", "mptrain.main", *flags],
+            cwd=options.pop("cwd", ROOT),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "COLUMNS": "120"},
+            **options,
+        )
+
+    return run

@@ -1,0 +1,82 @@
+import pathlib
+
+import pytest
+
+from mptrain import InputError
+from mptrain import config as config_lib
+
+
+def refuse(config, *messages):
+    with pytest.raises(InputError) as caught:
+        config_lib.validate(config)
+    for message in messages:
+        assert message in str(caught.value)
+    return str(caught.value)
+
+
+def test_whole_config_is_accepted(config):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("precision.policy", "mixed_flot16", "did you mean 'mixed_float16'?"),
+        ("schedule.name", "cosin", "did you mean 'cosine'?"),
+        ("devices.strategy", "parameter_server", "write one of auto, one_device, mirrored"),
+        ("train.jit_compile", 1, "write one of auto, True, False"),
+        ("train.steps", 0, "config.train.steps is 0: write a number above 0"),
+        ("data.batch_size", -1, "config.data.batch_size is -1"),
+        ("eval.every_steps", -1, "write 0 or a number above"),
+        ("seed", 2**31, "below 2**31"),
+        ("loss_scale.initial_scale", 2.0**30, "must lie between min_scale"),
+        ("loss_scale.growth_factor", 1.0, "above 1"),
+        ("loss_scale.backoff_factor", 1.0, "between 0 and 1"),
+        ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate is nan"),
+        ("data.name", "idx", "config.data.dir is empty"),
+        ("trainer", "MnistTrainer", "module path and class"),
+        ("train.epochs", 1.0, "both are set; set exactly one"),
+    ],
+)
+def test_wrong_value_is_refused_with_what_to_write(config, field, value, message):
+    config.update_from_flattened_dict({field: value})
+    assert "\n" not in refuse(config, message)
+
+
+def test_neither_steps_nor_epochs_is_refused(config):
+    config.train.steps = None
+    refuse(config, "neither is set; set exactly one")
+
+
+def test_all_faults_are_told_at_once(config):
+    config.train.steps_per_loop = 0
+    config.precision.policy = "half"
+    refuse(config, "2 faults", "config.train.steps_per_loop", "config.precision.policy")
+
+
+def test_unknown_field_is_refused_with_the_nearest_name(config):
+    with config.unlocked():
+        config.train.step = 3
+    refuse(config, "unknown config field 'train.step': did you mean 'train.steps'?")
+
+
+def test_missing_field_and_wrong_type_are_refused():
+    config = config_lib.default_config()
+    with config.unlocked():
+        del config.eval.every_steps
+    refuse(config, "config field 'eval.every_steps' is missing")
+    config = config_lib.default_config().copy_and_resolve_references()
+    with config.unlocked(), config.train.ignore_type():
+        config.train.steps_per_loop = "many"
+    refuse(config, "config.train.steps_per_loop is 'many': write a value of type int")
+
+
+def test_the_experiments_own_fields_are_free(config):
+    config.model = {"width": 3}
+    config_lib.validate(config)
+
+
+def test_every_field_has_a_place_in_the_table_of_the_readme():
+    table = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    missing = [path for path, _ in config_lib.fields(config_lib.default_config()) if f"`{path.split('.')[-1]}`" not in table]
+    assert missing == []

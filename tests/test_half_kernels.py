@@ -1,0 +1,159 @@
+"""The float32 kernels must be unseen: same dtypes, same range, results within float16's own rounding."""
+
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.python.eager.polymorphic_function import transform
+
+from mptrain.half_kernels import float32_kernels
+
+
+def operations(function, *args):
+    """Returns the (type, dtype) of every operation of the traced function, and of the functions inside it."""
+    graph = function.get_concrete_function(*args).graph
+    return [(op.type, op.outputs[0].dtype) for op in graph.get_operations() if op.outputs]
+
+
+def layer_and_gradients(x, kernel, bias):
+    with tf.GradientTape() as tape:
+        tape.watch([x, kernel, bias])
+        y = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, 1, "VALID"), bias))
+        y = tf.nn.max_pool2d(y, 2, 2, "VALID")
+        loss = tf.reduce_sum(y * y)
+    return y, tape.gradient(loss, [x, kernel, bias])
+
+
+@pytest.fixture
+def layer_inputs():
+    rng = np.random.default_rng(0)
+    shapes = ((4, 9, 9, 2), (2, 2, 2, 3), (3,))
+    return [tf.constant(rng.normal(size=shape) * 0.3, tf.float16) for shape in shapes]
+
+
+def test_results_and_gradients_equal_those_of_float16_kernels_within_its_rounding(layer_inputs):
+    with float32_kernels():
+        wide = tf.function(layer_and_gradients)(*layer_inputs)
+    plain = tf.function(layer_and_gradients)(*layer_inputs)
+    for ours, theirs in zip(tf.nest.flatten(wide), tf.nest.flatten(plain), strict=True):
+        assert ours.dtype == theirs.dtype == tf.float16
+        difference = np.abs(ours.numpy().astype(float) - theirs.numpy().astype(float)).max()
+        assert difference <= 4e-3 * np.abs(theirs.numpy()).max()
+
+
+def test_no_float16_arithmetic_is_left_in_the_pruned_graph(layer_inputs):
+    function = tf.function(layer_and_gradients)
+    with float32_kernels():
+        concrete = function.get_concrete_function(*layer_inputs)
+    live, todo = set(), [tensor.op for tensor in concrete.graph.outputs]
+    while todo:
+        op = todo.pop()
+        if op not in live:
+            live.add(op)
+            todo += [tensor.op for tensor in op.inputs]
+    half = {op.type for op in live if any(tensor.dtype == tf.float16 for tensor in op.outputs)}
+    assert half <= {"Cast", "Placeholder", "Const"}
+    assert {"Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput", "MaxPoolGrad"} <= {op.type for op in live}
+
+
+@pytest.mark.parametrize("value", [65504.0, 65519.0, 65520.0, 1e5, -1e5])
+def test_overflow_begins_where_float16_overflows(value):
+    x = tf.constant([[value / 4]], tf.float32)
+
+    def product(x):
+        return tf.matmul(tf.cast(x, tf.float16), tf.constant([[4.0]], tf.float16))
+
+    with float32_kernels():
+        ours = tf.function(product)(x)
+    expected = (np.float16(value / 4).astype(np.float32) * 4).astype(np.float16)
+    assert ours.numpy()[0, 0] == expected
+
+
+@pytest.mark.parametrize("exponent", range(-26, -13))
+def test_underflow_begins_where_float16_underflows(exponent):
+    with float32_kernels():
+        ours = tf.function(lambda x: x * tf.constant(2.0**-13, tf.float16))(tf.constant(2.0 ** (exponent + 13), tf.float16))
+    assert float(ours) == float(np.float16(2.0**exponent))
+
+
+def test_elementwise_result_is_rounded_before_its_next_use():
+    def cancel(x):
+        half = tf.cast(x, tf.float16)
+        return (half + tf.constant(2048.0, tf.float16)) - tf.constant(2048.0, tf.float16)
+
+    with float32_kernels():
+        ours = tf.function(cancel)(tf.constant(0.6))
+    assert float(ours) == 0.0  # 2048.6 rounds to 2048 in float16
+
+
+def test_loops_and_branches_are_rewritten_inside(layer_inputs):
+    x, kernel, bias = layer_inputs
+
+    @tf.function
+    def loop(n):
+        total = tf.zeros([], tf.float16)
+        for i in tf.range(n):
+            if i % 2 == 0:
+                total += tf.reduce_sum(layer_and_gradients(x, kernel, bias)[0])
+        return total
+
+    with float32_kernels():
+        ours = loop(tf.constant(3))
+    assert ours.dtype == tf.float16
+    assert float(ours) == pytest.approx(2 * float(tf.reduce_sum(layer_and_gradients(x, kernel, bias)[0])), rel=5e-3)
+
+
+def test_nested_functions_keep_their_gradients(layer_inputs):
+    @tf.function
+    def inner(x, kernel, bias):
+        return tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, kernel, 1, "VALID"), bias))
+
+    @tf.function
+    def outer(x, kernel, bias):
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            loss = tf.reduce_sum(inner(x, kernel, bias))
+        return tape.gradient(loss, kernel)
+
+    with float32_kernels():
+        ours = outer(*layer_inputs)
+    theirs = outer.python_function(*layer_inputs)
+    np.testing.assert_allclose(ours.numpy().astype(float), theirs.numpy().astype(float), rtol=5e-3)
+
+
+def test_float32_and_bfloat16_graphs_are_left_as_they_are():
+    def product(x):
+        return tf.matmul(x, x)
+
+    for dtype in (tf.float32, tf.bfloat16):
+        x = tf.ones([2, 2], dtype)
+        with float32_kernels():
+            assert operations(tf.function(product), x) == operations(tf.function(product), x)
+
+
+def test_nothing_is_rewritten_outside_the_context():
+    with float32_kernels():
+        pass
+    assert transform.FUNC_GRAPH_TRANSFORMS == []
+    assert ("MatMul", tf.float16) in operations(tf.function(lambda x: tf.matmul(x, x)), tf.ones([2, 2], tf.float16))
+
+
+def test_filter_gradient_is_at_least_five_times_as_fast_as_the_float16_kernel():
+    def filter_gradient(x, dy):
+        return tf.raw_ops.Conv2DBackpropFilter(
+            input=x, filter_sizes=[3, 3, 16, 32], out_backprop=dy, strides=[1, 1, 1, 1], padding="VALID"
+        )
+
+    args = (tf.ones([32, 13, 13, 16], tf.float16), tf.ones([32, 11, 11, 32], tf.float16))
+    plain, wide = tf.function(filter_gradient), tf.function(filter_gradient)
+    plain(*args)
+    with float32_kernels():
+        wide(*args)
+
+    def seconds(function):
+        start = time.perf_counter()
+        function(*args)
+        return time.perf_counter() - start
+
+    assert np.median([seconds(wide) for _ in range(5)]) * 5 < np.median([seconds(plain) for _ in range(5)])

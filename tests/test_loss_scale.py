@@ -1,0 +1,239 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from mptrain import InputError, LossScaleOptimizer, RunError
+
+INNER = {
+    "keras3": lambda: keras.optimizers.SGD(1.0),
+    "keras3 adam": lambda: keras.optimizers.Adam(0.1),
+    "tf_keras": lambda: tf_keras.optimizers.SGD(1.0),
+    "tf_keras legacy": lambda: tf_keras.optimizers.legacy.SGD(1.0),
+}
+
+
+class PlainSgd:
+    """Any object with apply_gradients will do."""
+
+    def apply_gradients(self, pairs):
+        for gradient, variable in pairs:
+            variable.assign_sub(gradient)
+
+
+INNER["plain object"] = PlainSgd
+
+
+def scale_after(optimizer, outcomes, variable=None):
+    """Steps once for each character: "." has a finite gradient, "x" an infinite one. Returns the scale after each."""
+    variable = tf.Variable([1.0, 2.0]) if variable is None else variable
+    scales = []
+    for outcome in outcomes:
+        gradient = tf.constant([1.0, np.inf if outcome == "x" else 1.0])
+        optimizer.apply_gradients([(gradient, variable)])
+        scales.append(float(optimizer.loss_scale))
+    return scales
+
+
+def test_scale_grows_and_backs_off_as_in_the_table():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8, growth_interval=2, max_scale=32)
+    table = {"." * 6: [8, 16, 16, 32, 32, 32], "xxxxxxx": [16, 8, 4, 2, 1, 1, 1], ".x..": [1, 1, 1, 2]}
+    variable = tf.Variable([1.0, 2.0])
+    for outcomes, expected in table.items():
+        assert scale_after(optimizer, outcomes, variable) == expected
+
+
+def test_hysteresis_waits_for_the_second_overflow_until_the_scale_grows_again():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8, growth_interval=2, hysteresis=2)
+    assert scale_after(optimizer, "x.xx..xx") == [8, 8, 4, 2, 2, 4, 4, 2]
+
+
+def test_static_scale_never_moves_and_still_skips():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), dynamic=False, initial_scale=8, growth_interval=1)
+    assert scale_after(optimizer, "..xx.") == [8] * 5
+    assert (int(optimizer.applied_steps), int(optimizer.skipped_steps), int(optimizer.consecutive_skips)) == (3, 2, 0)
+
+
+def test_counter_restored_past_the_interval_grows_at_once():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8, growth_interval=2)
+    optimizer.state["loss_scale/applied_in_a_row"].assign(100)
+    assert scale_after(optimizer, ".") == [16]
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_every_kind_of_inner_optimizer_applies_and_skips(inner):
+    optimizer = LossScaleOptimizer(INNER[inner]())
+    variable = tf.Variable([1.0, 2.0])
+
+    @tf.function
+    def step(gradient):
+        return optimizer.apply_gradients([(gradient, variable)])
+
+    assert not step(tf.constant([np.inf, 0.0]))
+    np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
+    assert step(tf.constant([1.0, 1.0]))
+    assert (variable.numpy() < [1.0, 2.0]).all()
+    assert not step(tf.constant([np.nan, 0.0]))
+
+
+@pytest.mark.parametrize("inner", [name for name in INNER if name != "plain object"])
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_gradients_are_summed_once_and_overflow_on_one_replica_skips_all(mirrored, inner, replicas):
+    strategy = mirrored(replicas)
+    with strategy.scope():
+        variable = tf.Variable([1.0, 2.0])
+        optimizer = LossScaleOptimizer(INNER[inner]())
+        optimizer.build([variable])
+
+    @tf.function
+    def step(bad_replica):
+        def replica_step():
+            here = tf.distribute.get_replica_context().replica_id_in_sync_group
+            gradient = tf.where(tf.equal(here, bad_replica), np.inf, 0.25) * tf.ones([2])
+            return optimizer.apply_gradients([(gradient, variable)])
+
+        return strategy.experimental_local_results(strategy.run(replica_step))
+
+    for bad in range(replicas):
+        assert not any(step(tf.constant(bad)))
+        np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
+    assert all(step(tf.constant(-1)))
+    assert float(optimizer.gradient_norm) == pytest.approx(0.25 * replicas * np.sqrt(2))
+    if "adam" not in inner:
+        np.testing.assert_allclose(variable.numpy(), np.array([1.0, 2.0]) - 0.25 * replicas)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_clipping_sees_the_sum_over_replicas(mirrored, replicas):
+    strategy = mirrored(replicas)
+    with strategy.scope():
+        variables = [tf.Variable([0.0]), tf.Variable([0.0])]
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), clip_norm=1.0)
+        optimizer.build(variables)
+
+    @tf.function
+    def step():
+        def replica_step():
+            gradients = [tf.constant([3.0]) / replicas, tf.constant([4.0]) / replicas]
+            optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+        strategy.run(replica_step)
+
+    step()
+    assert [float(-v[0]) for v in variables] == pytest.approx([0.6, 0.8], rel=1e-6)
+    assert float(optimizer.gradient_norm) == pytest.approx(5.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_works_in_a_while_loop_with_and_without_xla(jit_compile):
+    optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.1), initial_scale=4, growth_interval=3)
+    variable = tf.Variable([1.0, 2.0])
+    optimizer.build([variable])
+
+    @tf.function(jit_compile=jit_compile)
+    def loop():
+        for i in tf.range(6):
+            gradient = tf.where(i == 2, np.inf, 1.0) * tf.ones([2])
+            optimizer.apply_gradients([(gradient, variable)])
+
+    loop()
+    assert (int(optimizer.applied_steps), int(optimizer.skipped_steps)) == (5, 1)
+    assert float(optimizer.loss_scale) == 4  # backed off to 2 at the third step, grown to 4 at the sixth
+    assert np.isfinite(variable.numpy()).all()
+
+
+def test_scaled_loss_is_float32_and_float16_losses_do_not_overflow_in_it():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    scaled = optimizer.get_scaled_loss(tf.constant(3.8, tf.float16))
+    assert scaled.dtype == tf.float32
+    assert float(scaled) == float(np.float16(3.8)) * 32768
+
+
+def test_unscaling_casts_first_so_that_small_float16_gradients_survive():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    (gradient,) = optimizer.get_unscaled_gradients([tf.constant([1e-3], tf.float16)])
+    assert gradient.dtype == tf.float32
+    assert float(gradient[0]) == float(np.float16(1e-3)) / 32768 > 0
+
+
+def test_none_and_sparse_gradients_stay_what_they_are():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=2, clip_norm=1.0)
+    table, unused = tf.Variable(tf.zeros([5, 1])), tf.Variable([7.0])
+    sparse = tf.IndexedSlices(tf.constant([[3.0], [3.0], [8.0]], tf.float16), tf.constant([1, 1, 4]), tf.constant([5, 1]))
+    gradients = optimizer.get_unscaled_gradients([sparse, None])
+    assert isinstance(gradients[0], tf.IndexedSlices)
+    assert gradients[0].values.dtype == tf.float32
+    assert gradients[1] is None
+    optimizer.apply_gradients(zip(gradients, [table, unused], strict=True))
+    assert float(optimizer.gradient_norm) == 5.0  # rows that stand twice are one row: 3 and 4
+    np.testing.assert_allclose(table.numpy().ravel(), [0, -0.6, 0, 0, -0.8], rtol=1e-6)
+    assert unused.numpy() == 7.0
+
+
+def test_run_that_always_overflows_ends_with_the_names_and_the_cause():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), max_consecutive_skips=3)
+    good, bad = tf.Variable([1.0], name="good"), tf.Variable([1.0], name="bad")
+
+    def step(loss):
+        optimizer.get_scaled_loss(tf.constant(loss))
+        optimizer.apply_gradients([(tf.constant([1.0]), good), (tf.constant([np.inf]), bad)])
+
+    step(1.0), step(1.0)
+    optimizer.raise_if_stuck()
+    step(1.0)
+    with pytest.raises(RunError, match="the backward pass overflows. Not finite: the gradients of bad$"):
+        optimizer.raise_if_stuck()
+    step(np.inf)
+    with pytest.raises(RunError, match="the loss itself is not finite"):
+        optimizer.raise_if_stuck()
+
+
+def test_under_several_replicas_an_unbuilt_optimizer_is_refused(mirrored):
+    strategy = mirrored(2)
+    with strategy.scope():
+        variable = tf.Variable([1.0])
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0))
+    with pytest.raises(RuntimeError, match="call optimizer.build"):
+        strategy.run(lambda: optimizer.apply_gradients([(tf.constant([1.0]), variable)]))
+
+
+def test_outside_a_replica_context_it_is_refused(mirrored):
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0))
+    with mirrored(2).scope(), pytest.raises(RuntimeError, match=r"strategy.run"):
+        optimizer.apply_gradients([(tf.constant([1.0]), tf.Variable([1.0]))])
+
+
+def test_gradients_that_are_all_none_are_refused():
+    with pytest.raises(ValueError, match="every gradient is None"):
+        LossScaleOptimizer(keras.optimizers.SGD(1.0)).apply_gradients([(None, tf.Variable([1.0]))])
+
+
+def test_strategy_whose_replicas_do_not_step_together_is_refused():
+    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope(), pytest.raises(InputError, match="cannot agree on skipping"):
+        LossScaleOptimizer(keras.optimizers.SGD(1.0))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("growth_factor", 1.0),
+        ("backoff_factor", 1.0),
+        ("backoff_factor", 0.0),
+        ("growth_interval", 0),
+        ("hysteresis", 0),
+        ("initial_scale", 0.0),
+        ("initial_scale", np.inf),
+        ("initial_scale", 2.0**30),
+        ("clip_norm", 0.0),
+    ],
+)
+def test_number_out_of_range_is_refused_with_its_name(option, value):
+    with pytest.raises(ValueError, match=option):
+        LossScaleOptimizer(keras.optimizers.SGD(1.0), **{option: value})
+
+
+def test_optimizer_that_scales_losses_itself_is_refused():
+    with pytest.raises(TypeError, match="wrap the optimizer inside it"):
+        LossScaleOptimizer(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0)))

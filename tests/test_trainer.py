@@ -1,0 +1,168 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from mptrain import InputError, Trainer, data
+from mptrain.runner import build_trainer
+from tests import trainers
+
+
+def train(trainer, steps):
+    for _ in range(steps):
+        outputs = trainer.train(tf.constant(1))
+    return outputs
+
+
+def values(trainer):
+    return {path: variable.numpy() for path, variable in trainer.state.items()}
+
+
+def assert_same_bits(left, right, *, but=()):
+    assert left.keys() == right.keys()
+    for path in left:
+        if not path.endswith(but):
+            np.testing.assert_array_equal(left[path], right[path], err_msg=path)
+
+
+def test_same_seed_gives_same_bits(config):
+    first, second = trainers.TinyTrainer(config), trainers.TinyTrainer(config)
+    train(first, 3), train(second, 3)
+    assert_same_bits(values(first), values(second))
+
+
+def test_another_seed_gives_other_weights(config):
+    first = trainers.TinyTrainer(config)
+    config.seed = 1
+    second = trainers.TinyTrainer(config)
+    assert not np.array_equal(first.model.get_weights()[0], second.model.get_weights()[0])
+
+
+def test_steps_in_one_loop_equal_steps_one_by_one(config):
+    first, second = trainers.TinyTrainer(config), trainers.TinyTrainer(config)
+    first.train(tf.constant(5))
+    train(second, 5)
+    assert_same_bits(values(first), values(second))
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16", "native"])
+def test_loss_falls_in_every_precision_on_every_number_of_replicas(config, mirrored, precision, replicas):
+    config.precision.policy = precision
+    trainer = trainers.TinyTrainer(config, mirrored(replicas))
+    first = train(trainer, 1)["loss"]
+    assert train(trainer, 30)["loss"] < 0.8 * first
+
+
+def test_replicas_hold_the_same_model_and_differ_in_dropout_only(config, mirrored):
+    trainer = trainers.TinyTrainer(config, mirrored(2))
+    train(trainer, 3)
+    for variable in trainer.model.variables:
+        local = trainer.strategy.experimental_local_results(variable.value)
+        np.testing.assert_array_equal(local[0].numpy(), local[1].numpy(), err_msg=variable.path)
+
+
+def test_two_replicas_without_dropout_and_batchnorm_train_like_one(config, mirrored):
+    config.precision.policy = "float32"
+    config.optimizer.clip_norm = 0.5
+    one = trainers.ModuleTrainer(config, mirrored(1))
+    two = trainers.ModuleTrainer(config, mirrored(2))
+    left, right = train(one, 10), train(two, 10)
+    for name in ("loss", "accuracy", "gradient_norm"):
+        assert left[name] == pytest.approx(right[name], rel=1e-5)
+    for path, value in values(one).items():
+        np.testing.assert_allclose(value, values(two)[path], rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_overflow_on_any_replica_changes_nothing_anywhere(config, mirrored, replicas):
+    for replica in range(replicas):
+        config.model = ConfigDict({"poisoned_steps": [3], "poisoned_replica": replica})
+        trainer = trainers.PoisonedTrainer(config, mirrored(replicas))
+        train(trainer, 3)
+        before = values(trainer)
+        outputs = train(trainer, 1)
+        counters = ("step", "/skipped_steps", "/consecutive_skips", "/gradient_norm", "/loss_scale", "/applied_in_a_row")
+        assert_same_bits(before, values(trainer), but=(*counters, "/hysteresis_left"))
+        assert outputs["skipped_steps"] == 1
+        assert outputs["applied_steps"] == 3
+        assert outputs["loss_scale"] == 2.0**9
+        assert np.isnan(outputs["loss"])  # no step was applied, so there is no mean
+        assert np.isfinite(trainer.evaluate(tf.constant(trainer.eval_steps))["loss"])
+        assert train(trainer, 1)["applied_steps"] == 4
+
+
+def test_nonfinite_loss_is_skipped_in_float32_as_well(config):
+    config.precision.policy = "float32"
+    config.model = ConfigDict({"poisoned_steps": [1], "poisoned_replica": 0})
+    trainer = trainers.PoisonedTrainer(config)
+    outputs = train(trainer, 3)
+    assert (outputs["applied_steps"], outputs["skipped_steps"], outputs["loss_scale"]) == (2, 1, 1.0)
+
+
+def test_plain_module_with_explicit_casts_trains_in_float16(config):
+    trainer = trainers.ModuleTrainer(config)
+    assert train(trainer, 1)["loss"] > train(trainer, 20)["loss"]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [7, 32, 100, 128])
+def test_evaluation_counts_every_example_once(config, mirrored, batch_size, replicas):
+    config.data.eval_batch_size = batch_size
+    trainer = trainers.ModuleTrainer(config, mirrored(replicas))
+    outputs = trainer.evaluate(tf.constant(trainer.eval_steps))
+    source = trainer.eval_source.arrays
+    logits = trainer.model(tf.constant(source["inputs"], tf.float16)).numpy()
+    assert outputs["accuracy"] == pytest.approx(np.mean(logits.argmax(1) == source["targets"]), abs=1e-6)
+    assert float(tf.convert_to_tensor(trainer.metrics["accuracy"].count.value)) == 100
+
+
+def test_xla_compiles_the_whole_step(config):
+    config.precision.policy = "float32"
+    config.train.jit_compile = True
+    trainer = trainers.TinyTrainer(config)
+    first = train(trainer, 1)["loss"]
+    assert train(trainer, 20)["loss"] < first
+
+
+def test_xla_with_several_cpu_replicas_is_refused(config, mirrored):
+    config.train.jit_compile = True
+    with pytest.raises(InputError, match="jit_compile"):
+        trainers.TinyTrainer(config, mirrored(2))
+
+
+def test_batch_that_replicas_cannot_share_is_refused(config, mirrored):
+    config.data.batch_size = 10
+    with pytest.raises(InputError, match="divisible by the 3 replicas, as 9 is"):
+        trainers.TinyTrainer(config, mirrored(3))
+
+
+def test_scalar_loss_is_refused_with_the_reason(config):
+    with pytest.raises(InputError, match="returns a scalar: return the loss of each example"):
+        trainers.ScalarLossTrainer(config).train(tf.constant(1))
+
+
+def test_step_that_returns_nothing_is_refused_with_the_reason(config):
+    with pytest.raises(InputError, match="return applied"):
+        trainers.ForgetfulTrainer(config).train(tf.constant(1))
+
+
+def test_float16_that_no_layer_computes_in_is_refused(config):
+    with pytest.raises(InputError, match="no layer with parameters computes in float16"):
+        trainers.Float32EverywhereTrainer(config)
+
+
+def test_base_class_says_what_to_override(config):
+    config.trainer = "mptrain.Trainer"
+    config.data.name = "mnist"
+    with pytest.raises(InputError, match="must override build_model"):
+        build_trainer(config)
+
+
+def test_source_without_examples_is_refused():
+    with pytest.raises(InputError, match="at least one"):
+        data.Source({"inputs": np.zeros([0, 2])})
+
+
+def test_trainer_is_a_public_name():
+    assert issubclass(trainers.TinyTrainer, Trainer)

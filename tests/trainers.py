@@ -1,0 +1,86 @@
+"""Small Trainers on random data that the tests name in config.trainer."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import mptrain
+from mptrain.data import Source
+
+
+class TinyTrainer(mptrain.Trainer):
+    """Convolution, BatchNorm and dropout on 100 random images: every kind of state in under 1,000 parameters."""
+
+    def build_source(self, split):
+        rng = np.random.default_rng(SEEDS[split])
+        targets = rng.integers(0, 3, 100).astype(np.int32)
+        noise = rng.normal(size=(100, 6, 6, 1))
+        return Source({"inputs": (noise + targets[:, None, None, None]).astype(np.float32), "targets": targets})
+
+    def build_model(self):
+        layers = keras.layers
+        return keras.Sequential(
+            [
+                keras.Input((6, 6, 1)),
+                layers.Conv2D(4, 3, activation="relu"),
+                layers.BatchNormalization(),
+                layers.Flatten(),
+                layers.Dropout(0.2),
+                layers.Dense(3, dtype="float32"),
+            ]
+        )
+
+    def compute_loss(self, batch, outputs):
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=batch["targets"], logits=outputs)
+
+    def build_metrics(self):
+        return {"accuracy": keras.metrics.SparseCategoricalAccuracy()}
+
+
+SEEDS = {"train": 1, "eval": 2}
+
+
+class PoisonedTrainer(TinyTrainer):
+    """Puts an inf into one example of the batches that `config.model.poisoned_steps` lists."""
+
+    def inputs(self, batch):
+        inputs = super().inputs(batch)
+        poisoned = tf.reduce_any(tf.constant(self.config.model.poisoned_steps, tf.int64) == self.global_step)
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        here = tf.logical_and(poisoned, tf.equal(replica, self.config.model.poisoned_replica))
+        return inputs * tf.where(here, np.inf, 1.0)
+
+
+class ScalarLossTrainer(TinyTrainer):
+    def compute_loss(self, batch, outputs):
+        return tf.reduce_mean(super().compute_loss(batch, outputs))
+
+
+class Float32EverywhereTrainer(TinyTrainer):
+    def build_model(self):
+        return keras.Sequential([keras.Input((6, 6, 1)), keras.layers.Flatten(), keras.layers.Dense(3, dtype="float32")])
+
+
+class ForgetfulTrainer(TinyTrainer):
+    """Overrides the step and does not say whether it was applied."""
+
+    def replica_train_step(self, batch):
+        super().replica_train_step(batch)
+
+
+class ModuleTrainer(TinyTrainer):
+    """The same task as a plain tf.Module with explicit casts."""
+
+    def build_model(self):
+        return TinyModule()
+
+
+class TinyModule(tf.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = tf.Variable(tf.random.stateless_normal([36, 3], [1, 2]) * 0.1, name="w")
+        self.b = tf.Variable(tf.zeros([3]), name="b")
+
+    def __call__(self, x, training=False):
+        x = tf.reshape(x, [-1, 36])
+        return x @ tf.cast(self.w, x.dtype) + tf.cast(self.b, x.dtype)
