@@ -8,6 +8,7 @@ import pathlib
 import re
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -27,8 +28,7 @@ def main(argv: list[str]) -> None:
         raise InputError("no config given: write --config=FILE, for instance --config=configs/mnist.py")
     _let_one_length_replace_the_other(_CONFIG.value)
     config_lib.validate(_CONFIG.value)
-    _quieten()
-    from mptrain import runner  # imports TensorFlow, after its log level is set
+    from mptrain import runner  # imports TensorFlow, so it waits until flags and config are good
 
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = _WORKDIR.value or os.path.join("runs", name, time.strftime("%Y%m%d-%H%M%S"))
@@ -44,12 +44,14 @@ def _let_one_length_replace_the_other(config) -> None:
         config.train.steps = None
 
 
-def _quieten() -> None:
-    """Keeps TensorFlow's start-up notices off the terminal, unless --verbosity=1 asks for them."""
-    if flags.FLAGS["verbosity"].present and logging.get_verbosity() >= logging.DEBUG:
-        return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.set_verbosity(logging.ERROR)
+def _quieten(argv: list[str]) -> None:
+    """Keeps TensorFlow's start-up notices off the terminal, unless --verbosity=1 asks for them.
+
+    Looks at `argv` itself: a config file may import TensorFlow, and is read while the flags are parsed.
+    """
+    if not any(re.fullmatch(r"--?(v|verbosity)=[1-9]", argument) for argument in argv):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        logging.set_verbosity(logging.ERROR)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -73,12 +75,21 @@ def _flag_message(argv: list[str], error: Exception) -> str:
         if field != flag and field not in known and not field.startswith("model."):
             return config_lib.unknown_field(field)
     text = str(error)
-    where = re.findall(rf'File "[^"]*{re.escape(os.path.basename(path))}", line (\d+)', text) if path else []
-    place = f"{path}, line {where[-1]}: " if where else f"{path}: " if "parsing config file" in text else ""
+    line = _line_of(path, error)
+    place = f"{path}, line {line}: " if line else f"{path}: " if "parsing config file" in text else ""
     unknown = re.search(r'Key \\?"(\w+)\\?" does not exist', text)
     if unknown:
         return place + config_lib.unknown_field(unknown[1])
     return place + text.strip().splitlines()[-1]
+
+
+def _line_of(path: str, error: Exception) -> int | None:
+    """Returns the line of the config file at which `error` was raised: ml_collections passes it on, or quotes its trace."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if path and frame.filename.endswith(os.path.basename(path))]
+    quoted = re.findall(r'File "([^"]*)", line (\d+)', str(error))
+    lines += [int(line) for file, line in quoted if path and file.endswith(os.path.basename(path))]
+    return lines[-1] if lines else None
 
 
 def _exit(status: int, message: str) -> None:
@@ -99,6 +110,7 @@ def run() -> None:
         except StopRun as stop:
             sys.exit(stop.exit_status)
 
+    _quieten(sys.argv)
     app.run(guarded, flags_parser=_parse_flags)
 
 
