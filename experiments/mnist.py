@@ -14,9 +14,9 @@ class MnistTrainer(mptrain.Trainer):
         return keras.Sequential(
             [
                 keras.Input((28, 28, 1)),
-                layers.Conv2D(32, 3, activation="relu", name="conv1"),
+                layers.Conv2D(32, 5, activation="relu", name="conv1"),
                 layers.MaxPooling2D(name="pool1"),
-                layers.Conv2D(64, 3, activation="relu", name="conv2"),
+                layers.Conv2D(64, 5, activation="relu", name="conv2"),
                 layers.MaxPooling2D(name="pool2"),
                 layers.Flatten(name="flatten"),
                 layers.Dropout(self.config.model.dropout, name="dropout1"),

@@ -81,7 +81,7 @@ def default_config() -> ConfigDict:
     config.data.name = "mnist"  # mnist (embedded) | idx (a folder of MNIST-like files)
     config.data.dir = ""  # idx: the folder
     config.data.batch_size = 128  # global: over all replicas
-    config.data.eval_batch_size = 1000  # global
+    config.data.eval_batch_size = 500  # global
 
     config.train = ConfigDict()  # exactly one of steps and epochs
     config.train.steps = config_dict.placeholder(int)  # attempted steps; skipped ones count
