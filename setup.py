@@ -31,5 +31,4 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.21"],
         "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
     },
-    entry_points={"console_scripts": ["mptrain=mptrain.main:run"]},
 )

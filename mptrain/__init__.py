@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Trainer": "mptrain.trainer",
     "Precision": "mptrain.precision",
+    "MixedPrecision": "mptrain.layers",
+    "StateGuard": "mptrain.state_guard",
     "LossScaleOptimizer": "mptrain.loss_scale",
     "default_config": "mptrain.config",
     "run": "mptrain.runner",

@@ -15,7 +15,7 @@ from mptrain.trainer import Trainer
 
 
 class LogMetrics:
-    """Writes the row of a loop ("train") or evaluation ("eval"), and an overflow event where steps were skipped."""
+    """Writes the row of a loop ("train") or evaluation ("eval"), and before it an event for each skipped update."""
 
     def __init__(self, trainer: Trainer, log: MetricsLog, split: str):
         self._trainer = trainer
@@ -26,16 +26,16 @@ class LogMetrics:
     def __call__(self, outputs: Mapping[str, float]) -> None:
         step = int(self._trainer.global_step.numpy())
         skipped = outputs.get("skipped_steps", self._skipped)
-        if skipped > self._skipped:
+        for skip in self._trainer.optimizer.skips(self._skipped, skipped):
             self._log.event(
-                step,
+                (skip.update + 1) * self._trainer.optimizer.accumulation_steps - 1,
                 "overflow",
-                skipped=skipped - self._skipped,
-                loss_scale=outputs["loss_scale"],
-                variables=self._trainer.optimizer.nonfinite_variables(),
-                loss_finite=self._trainer.optimizer.loss_was_finite(),
+                loss_scale=skip.loss_scale,
+                loss_finite=skip.loss_finite,
+                layer=skip.layer,
+                variables=skip.variables,
             )
-            self._skipped = skipped
+        self._skipped = skipped
         self._log.row(step, self._split, outputs)
 
 

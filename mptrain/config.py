@@ -54,6 +54,7 @@ def default_config() -> ConfigDict:
 
     config.precision = ConfigDict()
     config.precision.policy = "auto"  # auto | native | float32 | mixed_float16 | mixed_bfloat16
+    config.precision.float32_layers = ()  # regexes; layers in whose path one is found compute in float32
 
     config.loss_scale = ConfigDict()  # used where the compute dtype is float16, and only there
     config.loss_scale.dynamic = True  # False: the scale stays at initial_scale
@@ -71,6 +72,9 @@ def default_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-3  # peak, that is: after warm-up
     config.optimizer.weight_decay = 0.0  # decoupled; biases and norms are left out
     config.optimizer.clip_norm = 0.0  # global norm of the unscaled gradients; 0: no clipping
+
+    config.optimizer.accumulation_steps = 1  # steps that make one update, with the mean of their gradients
+    config.optimizer.ema_momentum = 0.0  # of the moving average of the weights that is evaluated and exported; 0: none
 
     config.schedule = ConfigDict()  # of the learning rate, over applied steps
     config.schedule.name = "constant"  # constant | cosine | linear | rsqrt
@@ -174,6 +178,13 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
             f"config.loss_scale.initial_scale is {scale.initial_scale:g}: it must lie between min_scale"
             f" ({scale.min_scale:g}) and max_scale ({scale.max_scale:g})"
         )
+    window = config.optimizer.accumulation_steps
+    for path, value in (("checkpoint.every_steps", config.checkpoint.every_steps), ("train.steps", steps or 0)):
+        if window > 1 and value % window:
+            yield (
+                f"config.{path} is {value}: write a multiple of optimizer.accumulation_steps ({window}), so that no checkpoint"
+                " falls inside a window"
+            )
     if config.data.name == "idx" and not config.data.dir:
         yield "config.data.dir is empty: data.name='idx' needs the folder that holds the four IDX files"
     if config.devices.strategy == "one_device" and config.devices.virtual_cpus > 1:
@@ -212,6 +223,7 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "loss_scale.max_consecutive_skips",
         "loss_scale.min_scale",
         "optimizer.learning_rate",
+        "optimizer.accumulation_steps",
     )
     not_negative = (
         "seed",
@@ -221,6 +233,7 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "devices.virtual_cpus",
         "optimizer.weight_decay",
         "optimizer.clip_norm",
+        "optimizer.ema_momentum",
     )
     values = dict(fields(config))
     for path in positive:
@@ -231,6 +244,8 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
             yield f"config.{path} is {values[path]}: write 0 or a number above"
     if values["seed"] >= 2**31:
         yield f"config.seed is {values['seed']}: write a number below 2**31"
+    if values["optimizer.ema_momentum"] >= 1:
+        yield f"config.optimizer.ema_momentum is {values['optimizer.ema_momentum']}: write a number below 1"
     if not values["loss_scale.growth_factor"] > 1:
         yield f"config.loss_scale.growth_factor is {values['loss_scale.growth_factor']}: write a number above 1"
     if not 0 < values["loss_scale.backoff_factor"] < 1:

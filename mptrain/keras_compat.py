@@ -80,6 +80,27 @@ def layers_by_path(model, prefix: str = "") -> Iterator[tuple[str, object]]:
     yield from walk(model, prefix or model.name)
 
 
+def set_policy(layer, name: str) -> None:
+    """Gives a Keras layer, built or not, and all layers inside it the dtype policy `name`; variables keep their dtype."""
+    for each in layer._flatten_layers():
+        if isinstance(each, keras.Layer):
+            each.dtype_policy = name
+        else:
+            each._set_dtype_policy(tf_keras.mixed_precision.Policy(name))  # tf_keras has no public way once a layer exists
+
+
+def all_layers_by_path(model) -> Iterator[tuple[str, object]]:
+    """Yields (path, layer) of every layer below a Keras model, containers too; a shared layer under each of its paths."""
+
+    def walk(layer, path):
+        for child in layer._flatten_layers(include_self=False, recursive=False):
+            if not _is_input(child):
+                yield f"{path}/{child.name}", child
+                yield from walk(child, f"{path}/{child.name}")
+
+    yield from walk(model, model.name)
+
+
 def _is_input(layer) -> bool:
     return isinstance(layer, (keras.layers.InputLayer, tf_keras.layers.InputLayer))
 

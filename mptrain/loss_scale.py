@@ -6,12 +6,16 @@ al., "Mixed Precision Training", 2018). The decision is taken after the gradient
 of them take the same one.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import tensorflow as tf
 
 from mptrain import keras_compat
-from mptrain.errors import InputError, RunError
+from mptrain.accumulation import GradientSums, WeightAverage
+from mptrain.dynamic_scale import DynamicScale, shared_scalar
+from mptrain.errors import InputError
+from mptrain.skip_log import Skip, SkipLog, raise_stuck
 
 _SUPPORTED = (
     tf.distribute.MirroredStrategy,
@@ -35,21 +39,20 @@ class LossScaleOptimizer(tf.Module):
     weights, slots and the inner optimizer's step stay as they are on every replica. The check is made in every precision;
     `dynamic=False, initial_scale=1` makes all the rest a no-op.
 
-    After an overflow the scale is multiplied by `backoff_factor`, once `hysteresis` overflows have been seen since it last
-    grew (Shoeybi et al., "Megatron-LM", 2019); after `growth_interval` applied steps in a row by `growth_factor`.
-
     Args:
         inner: a Keras 3 or tf_keras optimizer (new or legacy), or any object with `apply_gradients(grads_and_vars)`.
         dynamic: whether the scale changes.
         initial_scale: first loss scale; with `dynamic=False` the only one.
-        growth_interval: applied steps in a row before the scale grows.
+        growth_interval: applied updates in a row before the scale grows.
         growth_factor: what growth multiplies the scale by; above 1.
         backoff_factor: what an overflow multiplies the scale by; between 0 and 1.
         min_scale: the scale never goes below.
         max_scale: the scale never goes above.
         hysteresis: overflows that are needed before the scale goes down.
-        max_consecutive_skips: skipped steps in a row after which `raise_if_stuck` raises.
+        max_consecutive_skips: skipped updates in a row after which `raise_if_stuck` raises.
         clip_norm: global norm to which the unscaled, summed gradients are clipped; None: no clipping.
+        accumulation_steps: calls of `apply_gradients` that make one update, with the mean of their gradients.
+        ema_momentum: momentum of the weights' moving average, in (0, 1); None: no average.
 
     Raises:
         ValueError: for a number out of range.
@@ -71,39 +74,37 @@ class LossScaleOptimizer(tf.Module):
         hysteresis: int = 1,
         max_consecutive_skips: int = 50,
         clip_norm: float | None = None,
+        accumulation_steps: int = 1,
+        ema_momentum: float | None = None,
     ):
         super().__init__(name="loss_scale_optimizer")
-        _check_numbers(dynamic, initial_scale, growth_interval, growth_factor, backoff_factor, min_scale, max_scale, hysteresis)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}: it must be above 0, or None")
-        scaled = dynamic or initial_scale != 1
-        _check_strategy(tf.distribute.get_strategy(), scaled)
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps is {accumulation_steps}: it must be at least 1")
+        if ema_momentum is not None and not 0 < ema_momentum < 1:
+            raise ValueError(f"ema_momentum is {ema_momentum}: it must lie between 0 and 1, or be None")
+        _check_strategy(tf.distribute.get_strategy(), scaled=dynamic or initial_scale != 1)
         self.inner = inner
-        self.dynamic = dynamic
-        self.initial_scale = initial_scale
-        self.growth_interval = growth_interval
-        self.growth_factor = growth_factor
-        self.backoff_factor = backoff_factor
-        self.min_scale = min_scale
-        self.max_scale = max_scale
-        self.hysteresis = hysteresis
         self.max_consecutive_skips = max_consecutive_skips
         self.clip_norm = clip_norm
-        self._scaled = scaled
+        self.accumulation_steps = accumulation_steps
+        self.ema_momentum = ema_momentum
         self._inner = keras_compat.InnerOptimizer(inner)
-        self._positions = None  # id(variable) -> its place in `_nonfinite`; None until built
-        self._trained = {}
-        self._nonfinite = None
-        self._create_state()
-
-    def _create_state(self) -> None:
-        self._scale = _shared_scalar(self.initial_scale, tf.float32, "loss_scale")
-        self._applied_in_a_row = _shared_scalar(0, tf.int64, "applied_in_a_row")
-        self._hysteresis_left = _shared_scalar(self.hysteresis, tf.int64, "hysteresis_left")
-        self._applied_steps = _shared_scalar(0, tf.int64, "applied_steps")
-        self._skipped_steps = _shared_scalar(0, tf.int64, "skipped_steps")
-        self._consecutive_skips = _shared_scalar(0, tf.int64, "consecutive_skips")
-        self._gradient_norm = _shared_scalar(0, tf.float32, "gradient_norm")
+        self._scale = DynamicScale(
+            dynamic=dynamic,
+            initial_scale=initial_scale,
+            growth_interval=growth_interval,
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            min_scale=min_scale,
+            max_scale=max_scale,
+            hysteresis=hysteresis,
+        )
+        self._applied_steps = shared_scalar(0, tf.int64, "applied_steps")
+        self._skipped_steps = shared_scalar(0, tf.int64, "skipped_steps")
+        self._consecutive_skips = shared_scalar(0, tf.int64, "consecutive_skips")
+        self._gradient_norm = shared_scalar(0, tf.float32, "gradient_norm")
         # Written by each replica alone, so that looking at the loss costs no communication.
         self._nonfinite_losses = tf.Variable(
             0,
@@ -113,30 +114,34 @@ class LossScaleOptimizer(tf.Module):
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.SUM,
         )
+        self._trained = None  # path -> variable; None until built
+        self._sums = None
+        self._average = None
+        self._skips = None
 
     @property
     def loss_scale(self) -> tf.Tensor:
         """What the next loss will be multiplied by, float32 scalar."""
-        return tf.convert_to_tensor(self._scale)
+        return tf.convert_to_tensor(self._scale.value)
 
     @property
     def applied_steps(self) -> tf.Tensor:
-        """Number of steps whose gradients were applied, int64 scalar."""
+        """Number of updates that were applied, int64 scalar."""
         return tf.convert_to_tensor(self._applied_steps)
 
     @property
     def skipped_steps(self) -> tf.Tensor:
-        """Number of steps that were skipped, int64 scalar."""
+        """Number of updates that were skipped, int64 scalar."""
         return tf.convert_to_tensor(self._skipped_steps)
 
     @property
     def consecutive_skips(self) -> tf.Tensor:
-        """Number of skipped steps since the last applied one, int64 scalar."""
+        """Number of skipped updates since the last applied one, int64 scalar."""
         return tf.convert_to_tensor(self._consecutive_skips)
 
     @property
     def gradient_norm(self) -> tf.Tensor:
-        """Global norm of the last step's gradients, unscaled, summed, not clipped; float32 scalar, inf or NaN if skipped."""
+        """Global norm of the last update's gradients, unscaled, summed, not clipped; float32; inf or NaN if skipped."""
         return tf.convert_to_tensor(self._gradient_norm)
 
     @property
@@ -146,21 +151,25 @@ class LossScaleOptimizer(tf.Module):
 
     @property
     def state(self) -> dict[str, tf.Variable]:
-        """Everything a checkpoint must hold, by path: the scale, its counters, and the inner optimizer's variables."""
-        own = (
-            self._scale,
-            self._applied_in_a_row,
-            self._hysteresis_left,
-            self._applied_steps,
-            self._skipped_steps,
-            self._consecutive_skips,
-            self._gradient_norm,
-        )
-        named = {f"loss_scale/{keras_compat.raw(v).name.split(':')[0]}": v for v in own}
-        return named | {f"inner/{path}": v for path, v in self._inner.variables.items()}
+        """Everything that a checkpoint between two windows must hold, by path: scale, counters, slots, averages."""
+        own = {
+            "loss_scale": self._scale.value,
+            "applied_in_a_row": self._scale.applied_in_a_row,
+            "hysteresis_left": self._scale.hysteresis_left,
+            "applied_steps": self._applied_steps,
+            "skipped_steps": self._skipped_steps,
+            "consecutive_skips": self._consecutive_skips,
+            "gradient_norm": self._gradient_norm,
+        }
+        named = {f"loss_scale/{name}": variable for name, variable in own.items()}
+        averages = self._average.averages if self._average else {}
+        named |= {f"average/{path}": variable for path, variable in averages.items()}
+        return named | {f"inner/{path}": variable for path, variable in self._inner.variables.items()}
 
     def build(self, variables: Iterable) -> None:
-        """Creates the inner optimizer's slots; call it in the strategy's scope, before the first step is traced.
+        """Creates the inner optimizer's slots and all else that follows from the variables.
+
+        Call it in the strategy's scope, before the first step is traced.
 
         Args:
             variables: every variable that will be trained.
@@ -168,15 +177,12 @@ class LossScaleOptimizer(tf.Module):
         variables = list(variables)
         if not getattr(self.inner, "built", False):
             self._inner.build(variables)
-        by_path = keras_compat.variables_by_path(variables)
-        self._trained = by_path  # holds the variables, so that their ids stay theirs
-        self._positions = {id(variable): index for index, variable in enumerate(by_path.values())}
-        self._nonfinite = tf.Variable(
-            tf.zeros([len(by_path)], tf.bool),
-            trainable=False,
-            name="nonfinite",
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        )
+        self._trained = keras_compat.variables_by_path(variables)
+        self._skips = SkipLog(list(self._trained))
+        if self.accumulation_steps > 1:
+            self._sums = GradientSums(self._trained.values(), self.accumulation_steps)
+        if self.ema_momentum is not None:
+            self._average = WeightAverage(variables, self.ema_momentum)
 
     def get_scaled_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Returns the loss in float32, multiplied by the loss scale.
@@ -185,9 +191,10 @@ class LossScaleOptimizer(tf.Module):
             loss: this replica's loss, of any shape and floating dtype.
         """
         loss = tf.cast(loss, tf.float32)
-        finite = tf.reduce_all(tf.math.is_finite(loss))
-        self._nonfinite_losses.assign(tf.cast(tf.logical_not(finite), tf.int32))
-        return loss * self._scale if self._scaled else loss
+        nonfinite = tf.cast(tf.logical_not(tf.reduce_all(tf.math.is_finite(loss))), tf.int32)
+        earlier = tf.where(self.window_starts(), 0, tf.convert_to_tensor(self._nonfinite_losses))
+        self._nonfinite_losses.assign(tf.maximum(nonfinite, earlier))
+        return self._scale.multiply(loss)
 
     def get_unscaled_gradients(self, gradients: Iterable) -> list:
         """Returns the gradients in float32, divided by the loss scale; None and `tf.IndexedSlices` stay what they are.
@@ -197,159 +204,159 @@ class LossScaleOptimizer(tf.Module):
         Args:
             gradients: dense tensors of any floating dtype, `tf.IndexedSlices`, or None.
         """
-        inverse = 1.0 / self._scale
 
         def unscale(values):
-            values = tf.cast(values, tf.float32)
-            return values * inverse if self._scaled else values
+            return self._scale.divide(tf.cast(values, tf.float32))
 
         return [gradient if gradient is None else _map_values(unscale, gradient) for gradient in gradients]
+
+    def window_starts(self) -> tf.Tensor:
+        """Whether the next step is the first of an accumulation window, bool scalar; always, without accumulation."""
+        return tf.constant(True) if self._sums is None else self._sums.starts()
 
     def apply_gradients(self, grads_and_vars: Iterable) -> tf.Tensor:
         """Sums the gradients over the replicas and applies them, if they are finite, on all replicas or on none.
 
+        With accumulation, adds them up without communication, and does so for their mean at the window's last step.
+
         Args:
-            grads_and_vars: pairs of an unscaled gradient of this replica (float32, dense or `tf.IndexedSlices`; pairs with
-                None are left out) and its variable.
+            grads_and_vars: pairs of an unscaled gradient of this replica (dense or `tf.IndexedSlices`; pairs with None are
+                left out) and its variable.
 
         Returns:
-            Whether the step was applied: a bool scalar, the same on every replica.
+            Whether nothing was skipped: a bool scalar, the same on every replica; true inside an accumulation window.
 
         Raises:
-            ValueError: if every gradient is None.
+            ValueError: if every gradient is None, or a variable is not among those of `build`.
             RuntimeError: outside a replica context, or under several replicas before `build`.
         """
         replica = tf.distribute.get_replica_context()
         if replica is None:
             raise RuntimeError("apply_gradients belongs into the function that strategy.run runs in each replica")
         pairs = list(grads_and_vars)
-        variables = [variable for gradient, variable in pairs if gradient is not None]
-        if not variables:
+        if all(gradient is None for gradient, _ in pairs):
             raise ValueError("every gradient is None: the loss does not depend on the trainable variables")
         self._build_if_needed(replica, [variable for _, variable in pairs])
-        gradients = _sum_over_replicas(replica, [gradient for gradient, _ in pairs if gradient is not None])
-        squares = [_sum_of_squares(gradient) for gradient in gradients]
-        norm = tf.sqrt(tf.add_n(squares))
-        applied = tf.math.is_finite(norm)
-        nonfinite = self._nonfinite_flags(variables, squares)
+        if self._sums is not None:
+            self._sums.add(self._in_order_of_build(pairs))
+            return self._merged(replica, self._end_of_window)
+        pairs = [(_float32(gradient), variable) for gradient, variable in pairs if gradient is not None]
+        variables = [variable for _, variable in pairs]
+        gradients = _sum_over_replicas(replica, [gradient for gradient, _ in pairs])
+        return self._merged(replica, lambda strategy, gradients: self._update(strategy, variables, gradients), gradients)
 
-        def finish(strategy, *per_replica):
-            self._apply_or_skip(strategy, variables, *per_replica)
-
-        if tf.__internal__.distribute.strategy_supports_no_merge_call():
-            self._apply_or_skip(replica.strategy, variables, gradients, applied, norm, nonfinite)
-        else:
-            # Illegal in a branch: a merge. So the replicas merge first, and part again inside the branch.
-            replica.merge_call(finish, args=(gradients, applied, norm, nonfinite))
-        return applied
-
-    def nonfinite_variables(self) -> list[str]:
-        """Returns the paths of the variables whose gradients were not finite in the last skipped step."""
-        if self._nonfinite is None:
-            return []
-        return [name for name, bad in zip(self._trained, self._nonfinite.numpy(), strict=True) if bad]
-
-    def loss_was_finite(self) -> bool:
-        """Whether the last loss that was scaled was finite on every replica."""
-        return int(tf.convert_to_tensor(self._nonfinite_losses)) == 0
+    def skips(self, first: int, end: int) -> list[Skip]:
+        """Returns what is known of the skipped updates from number `first` up to `end`, newest last; on the host."""
+        return self._skips.read(first, end) if self._skips else []
 
     def raise_if_stuck(self) -> None:
         """Ends a run that cannot recover; called outside the graph, at the end of a loop.
 
         Raises:
-            RunError: if the last `max_consecutive_skips` steps were all skipped.
+            RunError: if the last `max_consecutive_skips` updates were all skipped.
         """
-        skips = int(self.consecutive_skips)
-        if skips < self.max_consecutive_skips:
+        count, skipped = int(self.consecutive_skips), int(self.skipped_steps)
+        if count >= self.max_consecutive_skips:
+            raise_stuck(self.skips(skipped - 1, skipped)[0], count)
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The variables hold their moving averages inside this context, and their own values after it; on the host."""
+        if self._average is None:
+            yield
             return
-        names = self.nonfinite_variables()
-        if self.loss_was_finite():
-            cause = "the loss is finite, the backward pass overflows"
-        else:
-            cause = "the loss itself is not finite: the forward pass overflows, and no loss scale can help"
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise RunError(
-            f"{skips} steps in a row were skipped at loss scale {float(self.loss_scale):g}: {cause}. Not finite: the gradients"
-            f" of {shown}"
-        )
+        self._average.swap()
+        try:
+            yield
+        finally:
+            self._average.swap()
 
     def _build_if_needed(self, replica, variables: list) -> None:
-        if self._positions is not None:
+        if self._trained is not None:
             return
         if replica.num_replicas_in_sync > 1:
             raise RuntimeError("call optimizer.build(variables) in strategy.scope() before the first step")
         with tf.init_scope():
             self.build(variables)
 
-    def _nonfinite_flags(self, variables: list, squares: list[tf.Tensor]) -> tf.Tensor:
-        flags = [tf.constant(False)] * len(self._trained)
-        for variable, square in zip(variables, squares, strict=True):
-            position = self._positions.get(id(keras_compat.raw(variable)))
-            if position is None:
+    def _positions(self, variables: list) -> list[int]:
+        places = {id(variable): place for place, variable in enumerate(self._trained.values())}
+        for variable in variables:
+            if id(keras_compat.raw(variable)) not in places:
                 raise ValueError(f"{variable!r} is not among the variables that the optimizer was built with")
-            flags[position] = tf.logical_not(tf.math.is_finite(square))
-        return tf.stack(flags)
+        return [places[id(keras_compat.raw(variable))] for variable in variables]
 
-    def _apply_or_skip(self, strategy, variables, gradients, applied, norm, nonfinite) -> None:
-        """Applies in every replica or in none. Of what all replicas agree on since the all-reduce, the first one's is taken."""
-        applied, norm, nonfinite = (strategy.experimental_local_results(x)[0] for x in (applied, norm, nonfinite))
+    def _in_order_of_build(self, pairs: list) -> list:
+        gradients = [None] * len(self._trained)
+        for place, (gradient, _) in zip(self._positions([variable for _, variable in pairs]), pairs, strict=True):
+            gradients[place] = _float32(gradient)
+        return gradients
+
+    def _merged(self, replica, function, *args):
+        """Calls `function(strategy, *args)` once for all replicas, or in this one where there is nothing to merge.
+
+        A branch must not hold a merge, so the replicas merge first and part again inside the branch.
+        """
+        if tf.__internal__.distribute.strategy_supports_no_merge_call():
+            return function(replica.strategy, *args)
+        return replica.merge_call(function, args=args)
+
+    def _end_of_window(self, strategy) -> tf.Tensor:
+        def update():
+            means = self._sums.means()  # across replicas, reading a sum adds the replicas' sums up
+            if not tf.distribute.in_cross_replica_context():
+                means = _sum_over_replicas(tf.distribute.get_replica_context(), means)
+            return self._update(strategy, list(self._trained.values()), means)
+
+        return tf.cond(self._sums.count(), update, lambda: tf.constant(True))
+
+    def _update(self, strategy, variables: list, gradients: list) -> tf.Tensor:
+        """Updates in every replica or in none. Of what all agree on since the all-reduce, the first one's is taken."""
+        firsts = [strategy.experimental_local_results(gradient)[0] for gradient in gradients]
+        squares = tf.stack([_sum_of_squares(gradient) for gradient in firsts])
+        norm = tf.sqrt(tf.reduce_sum(squares))
+        finite = tf.math.is_finite(norm)
+        places = [[place] for place in self._positions(variables)]
+        scale, skipped, before = self.loss_scale, self.skipped_steps, self.applied_steps
 
         def update(gradients, norm):
-            if self.clip_norm is not None:
-                factor = self.clip_norm / tf.maximum(norm, self.clip_norm)
-                gradients = [_map_values(lambda values: values * factor, gradient) for gradient in gradients]
-            self._inner.apply(list(zip(gradients, variables, strict=True)))
+            self._apply(variables, gradients, norm)
 
         def apply():
             if tf.distribute.in_cross_replica_context():
                 strategy.extended.call_for_each_replica(update, args=(gradients, norm))
             else:
                 update(gradients, norm)
+            if self._average:
+                self._average.update()
             return tf.constant(True)
 
-        tf.cond(applied, apply, lambda: tf.constant(False))
-        self._count(applied, norm, nonfinite)
-        if self.dynamic:
-            self._adapt_scale(applied)
+        def skip():
+            nonfinite = tf.scatter_nd(places, tf.logical_not(tf.math.is_finite(squares)), [len(self._trained)])
+            loss_finite = tf.equal(self._count_of_nonfinite_losses(), 0)
+            self._skips.write(skipped, before, scale, loss_finite, nonfinite)
+            return tf.constant(False)
 
-    def _count(self, applied: tf.Tensor, norm: tf.Tensor, nonfinite: tf.Tensor) -> None:
+        applied = tf.cond(finite, apply, skip)
         one = tf.cast(applied, tf.int64)
-        self._applied_steps.assign(self._applied_steps + one)
-        self._skipped_steps.assign(self._skipped_steps + 1 - one)
+        self._applied_steps.assign(before + one)
+        self._skipped_steps.assign(skipped + 1 - one)
         self._consecutive_skips.assign((self._consecutive_skips + 1) * (1 - one))
         self._gradient_norm.assign(norm)
-        self._nonfinite.assign(tf.where(applied, self._nonfinite, nonfinite))
+        self._scale.adapt(applied)
+        return applied
 
-    def _adapt_scale(self, applied: tf.Tensor) -> None:
-        in_a_row = tf.where(applied, self._applied_in_a_row + 1, 0)
-        grow = in_a_row >= self.growth_interval  # not ==: a counter restored past the interval grows at once
-        left = tf.where(applied, tf.convert_to_tensor(self._hysteresis_left), self._hysteresis_left - 1)
-        shrink = tf.logical_and(tf.logical_not(applied), left <= 0)
-        scale = tf.convert_to_tensor(self._scale)
-        higher = tf.minimum(scale * self.growth_factor, self.max_scale)
-        lower = tf.maximum(scale * self.backoff_factor, self.min_scale)
-        self._scale.assign(tf.where(grow, higher, tf.where(shrink, lower, scale)))
-        self._applied_in_a_row.assign(tf.where(grow, tf.zeros_like(in_a_row), in_a_row))
-        self._hysteresis_left.assign(tf.where(grow, tf.cast(self.hysteresis, tf.int64), tf.maximum(left, 0)))
+    def _count_of_nonfinite_losses(self) -> tf.Tensor:
+        count = tf.convert_to_tensor(self._nonfinite_losses)
+        if tf.distribute.in_cross_replica_context():
+            return count
+        return _sum_over_replicas(tf.distribute.get_replica_context(), [count])[0]
 
-
-def _shared_scalar(value, dtype: tf.DType, name: str) -> tf.Variable:
-    return tf.Variable(value, dtype=dtype, trainable=False, name=name, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
-
-
-def _check_numbers(
-    dynamic, initial_scale, growth_interval, growth_factor, backoff_factor, min_scale, max_scale, hysteresis
-) -> None:
-    if not growth_factor > 1:
-        raise ValueError(f"growth_factor is {growth_factor}: it must be above 1")
-    if not 0 < backoff_factor < 1:
-        raise ValueError(f"backoff_factor is {backoff_factor}: it must lie between 0 and 1")
-    if growth_interval < 1 or hysteresis < 1:
-        raise ValueError(f"growth_interval is {growth_interval}, hysteresis is {hysteresis}: each must be at least 1")
-    if not 0 < initial_scale < float("inf"):
-        raise ValueError(f"initial_scale is {initial_scale}: it must be a finite number above 0")
-    if dynamic and not 0 < min_scale <= initial_scale <= max_scale < float("inf"):
-        raise ValueError(f"initial_scale is {initial_scale}: it must lie between min_scale {min_scale} and {max_scale}")
+    def _apply(self, variables: list, gradients: list, norm: tf.Tensor) -> None:
+        if self.clip_norm is not None:
+            factor = self.clip_norm / tf.maximum(norm, self.clip_norm)
+            gradients = [_map_values(lambda values: values * factor, gradient) for gradient in gradients]
+        self._inner.apply(list(zip(gradients, variables, strict=True)))
 
 
 def _check_strategy(strategy: tf.distribute.Strategy, scaled: bool) -> None:
@@ -366,6 +373,10 @@ def _sum_over_replicas(replica, gradients: list) -> list:
     if replica.num_replicas_in_sync == 1:
         return gradients
     return replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+
+
+def _float32(gradient):
+    return gradient if gradient is None else _map_values(lambda values: tf.cast(values, tf.float32), gradient)
 
 
 def _map_values(function, gradient):

@@ -68,7 +68,14 @@ def build(config: ConfigDict, total_steps: int, precision: Precision) -> LossSca
     options = config.loss_scale.to_dict()
     if not precision.is_float16:
         options.update(dynamic=False, initial_scale=1.0)
-    return LossScaleOptimizer(_inner(config, total_steps), clip_norm=config.optimizer.clip_norm or None, **options)
+    window = config.optimizer.accumulation_steps
+    return LossScaleOptimizer(
+        _inner(config, total_steps // window),
+        clip_norm=config.optimizer.clip_norm or None,
+        accumulation_steps=window,
+        ema_momentum=config.optimizer.ema_momentum or None,
+        **options,
+    )
 
 
 def _inner(config: ConfigDict, total_steps: int) -> keras.optimizers.Optimizer:

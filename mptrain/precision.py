@@ -7,6 +7,8 @@ Training" (2018).
 
 import contextlib
 import dataclasses
+import re
+from collections.abc import Iterable
 
 import tensorflow as tf
 
@@ -30,11 +32,13 @@ class Precision:
         name: a Keras dtype policy's name, or "native".
         compute_dtype: dtype of the model's inputs and layers; None (native): as each was written, nothing is cast.
         reason: why this precision, in one line.
+        float32_layers: regexes; a layer in whose path one is found computes in float32, with all layers inside it.
     """
 
     name: str
     compute_dtype: tf.DType | None
     reason: str = "as configured"
+    float32_layers: tuple[str, ...] = ()
 
     @property
     def is_float16(self) -> bool:
@@ -57,6 +61,24 @@ class Precision:
         """Returns the context in which a model is built: its Keras layers take this precision as their dtype policy."""
         return contextlib.nullcontext() if self.name == "native" else keras_compat.dtype_policy(self.name)
 
+    def hold_float32_layers(self, model) -> None:
+        """Gives the layers that `float32_layers` names the policy float32; they cast what reaches them.
+
+        Raises:
+            InputError: if a regex is none, or is found in no layer's path.
+        """
+        layers = list(keras_compat.all_layers_by_path(model)) if keras_compat.is_keras_layer(model) else []
+        for pattern in self.float32_layers:
+            try:
+                found = [layer for path, layer in layers if re.search(pattern, path)]
+            except re.error as error:
+                raise InputError(f"config.precision.float32_layers: {pattern!r} is no regular expression: {error}") from error
+            if not found:
+                paths = ", ".join(path for path, _ in layers) or "none: the model is no Keras model"
+                raise InputError(f"config.precision.float32_layers: {pattern!r} is found in no layer's path; there are {paths}")
+            for layer in found:
+                keras_compat.set_policy(layer, "float32")
+
 
 def _cast_floating(tree, dtype: tf.DType | None):
     def cast(value):
@@ -66,18 +88,23 @@ def _cast_floating(tree, dtype: tf.DType | None):
     return tree if dtype is None else tf.nest.map_structure(cast, tree)
 
 
-def get(name: str) -> Precision:
+def get(name: str, float32_layers: Iterable[str] = ()) -> Precision:
     """Returns the precision called `name`: auto, native, float32, mixed_float16 or mixed_bfloat16.
+
+    Args:
+        name: "auto" chooses from the hardware.
+        float32_layers: see `Precision`.
 
     Raises:
         InputError: if there is no such precision.
     """
+    reason = "as configured"
     if name == "auto":
-        name, reason = _choose(devices.hardware())
-        return Precision(name, _COMPUTE_DTYPES[name], f"auto: {reason}")
+        name, why = _choose(devices.hardware())
+        reason = f"auto: {why}"
     if name not in _COMPUTE_DTYPES:
         raise InputError(f"precision {name!r} does not exist: write one of {', '.join(PRECISIONS)}")
-    return Precision(name, _COMPUTE_DTYPES[name])
+    return Precision(name, _COMPUTE_DTYPES[name], reason, tuple(float32_layers))
 
 
 def _choose(hardware: devices.Hardware) -> tuple[str, str]:
@@ -169,22 +196,49 @@ def _count(layer) -> int:
     return sum(keras_compat.raw(variable).shape.num_elements() for variable in layer.weights)
 
 
-def check(precision: Precision, model) -> None:
+def check(precision: Precision, model) -> list[str]:
     """Checks a built model against its precision.
 
+    Returns:
+        Warnings, one line each: layers that cast what reaches them back to float32 without having been asked to.
+
     Raises:
-        InputError: if 16 bits were asked for and no layer computes in them, or a trainable variable is not float32.
+        InputError: if 16 bits were asked for and no layer with parameters computes in them, or a trainable variable is not
+            float32.
     """
-    wrong = [path for path, v in keras_compat.variables_by_path(model.trainable_variables).items() if v.dtype != tf.float32]
-    if wrong and precision.compute_dtype is not None:
+    trainable = keras_compat.variables_by_path(model.trainable_variables)
+    wrong = [path for path, variable in trainable.items() if variable.dtype != tf.float32]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise InputError(
-            f"trainable variable {wrong[0]!r} is not float32 (and {len(wrong) - 1} more): keep master weights in float32 and"
-            " cast them where they are used"
+            f"trainable variable {wrong[0]!r}{more} is {trainable[wrong[0]].dtype.name}: keep trainable variables in float32"
+            " and cast them where they are used, as the policy mixed_float16 does"
         )
-    rows = plan(model)
-    sixteen = precision.compute_dtype in (tf.float16, tf.bfloat16) and keras_compat.is_keras_layer(model)
-    if sixteen and not any(row.parameters and row.compute_dtype == precision.compute_dtype.name for row in rows):
+    if precision.compute_dtype not in (tf.float16, tf.bfloat16) or not keras_compat.is_keras_layer(model):
+        return []
+    rows = [row for row in plan(model) if row.parameters]
+    wanted = precision.compute_dtype.name
+    if not any(row.compute_dtype == wanted for row in rows):
         raise InputError(
-            f"config.precision.policy is {precision.name!r} but no layer with parameters computes in"
-            f" {precision.compute_dtype.name}: build the model inside build_model(), without dtype='float32' on every layer"
+            f"config.precision.policy is {precision.name!r} but no layer with parameters computes in {wanted}: build the model"
+            " inside build_model(), without dtype='float32' on every layer"
         )
+    asked = [row.layer for row in rows if any(re.search(pattern, row.layer) for pattern in precision.float32_layers)]
+    silent = [row.layer for row in rows[:-1] if row.compute_dtype == "float32" and row.layer not in asked]
+    if not silent:
+        return []
+    return [
+        f"{', '.join(silent)} compute in float32 and cast their inputs back to it: if that is meant, name them in"
+        " config.precision.float32_layers; if not, build them without dtype='float32'"
+    ]
+
+
+def check_is_float32(what: str, tree, remedy: str) -> None:
+    """Checks that a nested structure holds no 16-bit tensor.
+
+    Raises:
+        InputError: if it does.
+    """
+    for tensor in tf.nest.flatten(tree):
+        if tensor.dtype in (tf.float16, tf.bfloat16):
+            raise InputError(f"{what} is {tensor.dtype.name}: {remedy}")

@@ -1,5 +1,6 @@
 """Builds the parts of a run from its config and runs one mode: train, eval, or train_and_eval."""
 
+import math
 import os
 import time
 
@@ -48,6 +49,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
         raise InputError(f"--mode=eval: {folder.checkpoints} holds no checkpoint: name the folder of a run in --workdir")
     hardware = devices.describe(trainer.strategy)
     plan = console.plan(precision.plan(trainer.model), _notes(trainer, hardware))
+    for warning in trainer.precision_warnings:
+        console.warn(warning)
     folder.create(config, trainer.precision.name, hardware, plan)
     return _Run(trainer, folder, checkpoints, console).run(mode, changes)
 
@@ -151,7 +154,9 @@ class _Run:
     def _steps_to_next_boundary(self, step: int) -> int:
         """Loops end at absolute multiples, of the loop and of the checkpoint interval, wherever a run was resumed."""
         config = self._trainer.config
-        return min(every - int(step) % every for every in (config.train.steps_per_loop, config.checkpoint.every_steps))
+        window = config.optimizer.accumulation_steps
+        loop = math.ceil(config.train.steps_per_loop / window) * window
+        return min(every - int(step) % every for every in (loop, config.checkpoint.every_steps))
 
     def _train(self, controller: orbit.Controller, evaluate: bool) -> dict[str, float]:
         total = self._trainer.total_steps

@@ -15,6 +15,7 @@ from mptrain.errors import InputError
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.orbit_import import orbit
 from mptrain.randomness import StepRandomness
+from mptrain.state_guard import StateGuard
 
 
 class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
@@ -22,6 +23,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     Attributes:
         config: the run's config.
+        precision_warnings: lines about layers that compute in another dtype than was asked for.
         strategy: the `tf.distribute.Strategy` whose replicas share each global batch.
         precision: the casts of this run.
         model: what `build_model` returned.
@@ -46,7 +48,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         orbit.StandardEvaluator.__init__(self, None, orbit.StandardEvaluatorOptions(use_tf_while_loop=True))
         self.config = config
         self.strategy = strategy or devices.strategy(config.devices)
-        self.precision = precision.get(config.precision.policy)
+        self.precision = precision.get(config.precision.policy, config.precision.float32_layers)
         self.kernels = precision.kernels(self.precision, config.train.jit_compile, self.strategy)
         self._position = None  # the step whose batch the open train iterator yields next
         data.per_replica(config.data.batch_size, self.strategy)
@@ -59,11 +61,16 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             with self.precision.scope():
                 self.model = self.build_model()
             self._create_variables()
-            precision.check(self.precision, self.model)
+            self.precision.hold_float32_layers(self.model)
+            self.precision_warnings = precision.check(self.precision, self.model)
             self.optimizer = self.build_optimizer()
             self.optimizer.build(self.trainable_variables)
             self.metrics = {"loss": keras.metrics.Mean("loss"), **self.build_metrics()}
+            metric_variables = [variable for metric in self.metrics.values() for variable in metric.variables]
+            self._guard = StateGuard(self.optimizer, self.model.non_trainable_variables, metric_variables)
         self.randomness.bind(self.model)
+        if type(self).replica_train_step is Trainer.replica_train_step:
+            self._check_loss()
 
     # What a researcher overrides, from the most to the least often.
 
@@ -172,9 +179,11 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     @property
     def total_steps(self) -> int:
-        """The length of the run in attempted steps."""
-        train = self.config.train
-        return train.steps or math.ceil(train.epochs * len(self.train_source) / self.config.data.batch_size)
+        """The length of the run in attempted steps; epochs are rounded up to whole steps and accumulation windows."""
+        train, window = self.config.train, self.config.optimizer.accumulation_steps
+        if train.steps:
+            return train.steps
+        return math.ceil(train.epochs * len(self.train_source) / (self.config.data.batch_size * window)) * window
 
     @property
     def eval_steps(self) -> int:
@@ -237,7 +246,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self._reset_metrics()
 
     def evaluate(self, num_steps: tf.Tensor) -> dict[str, float]:
-        with self.kernels.scope():
+        with self.kernels.scope(), self.optimizer.averaged_weights():
             return super().evaluate(num_steps)
 
     def eval_step(self, iterator) -> None:
@@ -257,46 +266,50 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         if not self.trainable_variables:
             raise InputError(f"the model that {type(self).__name__}.build_model() returned has no trainable variables")
 
+    def _check_loss(self) -> None:
+        """Traces the loss of one batch, without computing it, and checks the dtypes of outputs and loss.
+
+        Raises:
+            InputError: if one of them is 16 bits wide, or the loss is a scalar.
+        """
+
+        def loss(batch):
+            inputs = self.precision.cast_to_compute(self.inputs(batch))
+            outputs = self.precision.cast_to_output(self.model(inputs, training=False))
+            what = f"what {type(self).__name__}.model returns"
+            precision.check_is_float32(what, outputs, "give its last layer dtype='float32'")
+            return self._per_example(self.compute_loss(batch, outputs))
+
+        arrays = self.train_source.arrays
+        batch = {name: tf.TensorSpec([2, *array.shape[1:]], array.dtype) for name, array in arrays.items()}
+        with self.kernels.scope():
+            tf.function(loss, autograph=False).get_concrete_function(batch)
+
     @functools.cached_property
     def _step_function(self):
         return tf.function(self._guarded_step, jit_compile=True) if self.kernels.jit_compile else self._guarded_step
 
     def _guarded_step(self, batch: Mapping[str, tf.Tensor]) -> None:
-        """Runs `replica_train_step`; after a skipped one, puts back what it did to statistics and metrics.
-
-        BatchNorm's statistics would otherwise keep the inf of a skipped step for ever. They are averaged over the replicas,
-        so that all of them, and a checkpoint, hold the same.
-        """
+        """Runs `replica_train_step`, and puts back what a skipped one did to statistics and metrics."""
         self.randomness.begin_step()
-        statistics = [keras_compat.raw(variable) for variable in self.model.non_trainable_variables]
-        metrics = [keras_compat.raw(variable) for metric in self.metrics.values() for variable in metric.variables]
-        variables = statistics + metrics
-        before = [tf.identity(variable) for variable in variables]
+        self._guard(lambda: self._checked_step(batch))
+
+    def _checked_step(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
         applied = self.replica_train_step(batch)
         if applied is None:
             raise InputError(
                 f"{type(self).__name__}.replica_train_step() returns nothing: end it with `return applied`, what"
                 " optimizer.apply_gradients() returned"
             )
-        after = self._averaged(statistics) + [tf.identity(variable) for variable in metrics]
-        for variable, old, new in zip(variables, before, after, strict=True):
-            variable.assign(tf.where(applied, new, old))
-
-    def _averaged(self, variables: list[tf.Variable]) -> list[tf.Tensor]:
-        values = [tf.identity(variable) for variable in variables]
-        floating = [index for index, value in enumerate(values) if value.dtype.is_floating]
-        if floating and self.strategy.num_replicas_in_sync > 1:
-            replica = tf.distribute.get_replica_context()
-            means = replica.all_reduce(tf.distribute.ReduceOp.MEAN, [values[index] for index in floating])
-            for index, mean in zip(floating, means, strict=True):
-                values[index] = mean
-        return values
+        return applied
 
     def _per_example(self, losses: tf.Tensor) -> tf.Tensor:
+        name = f"{type(self).__name__}.compute_loss()"
+        precision.check_is_float32(f"what {name} returns", losses, "compute the loss from the outputs, which are float32")
         losses = tf.cast(losses, tf.float32)
         if losses.shape.rank == 0:
             raise InputError(
-                f"{type(self).__name__}.compute_loss() returns a scalar: return the loss of each example, shape [replica"
+                f"{name} returns a scalar: return the loss of each example, shape [replica"
                 " batch]; mptrain takes the mean over the global batch"
             )
         return tf.reduce_mean(losses, axis=list(range(1, losses.shape.rank)))

@@ -182,7 +182,7 @@ def test_run_that_always_overflows_ends_with_the_names_and_the_cause():
     step(1.0), step(1.0)
     optimizer.raise_if_stuck()
     step(1.0)
-    with pytest.raises(RunError, match="the backward pass overflows. Not finite: the gradients of bad$"):
+    with pytest.raises(RunError, match="the backward pass overflows. First layer: bad; gradients that are not finite: bad$"):
         optimizer.raise_if_stuck()
     step(np.inf)
     with pytest.raises(RunError, match="the loss itself is not finite"):
@@ -237,3 +237,101 @@ def test_number_out_of_range_is_refused_with_its_name(option, value):
 def test_optimizer_that_scales_losses_itself_is_refused():
     with pytest.raises(TypeError, match="wrap the optimizer inside it"):
         LossScaleOptimizer(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0)))
+
+
+def gradients_of(replicas, bad=None):
+    """Returns a step that takes a micro step's number; the gradient is its number + 1, inf on replica `bad` at number 2."""
+    here = tf.distribute.get_replica_context().replica_id_in_sync_group
+    return lambda number: (
+        tf.where(tf.logical_and(tf.equal(here, -1 if bad is None else bad), number == 2), np.inf, (number + 1.0) / replicas)
+        * tf.ones([2])
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_window_makes_one_update_with_the_mean_of_its_gradients(mirrored, replicas):
+    strategy = mirrored(replicas)
+    with strategy.scope():
+        variable = tf.Variable([0.0, 0.0])
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), accumulation_steps=4)
+        optimizer.build([variable])
+
+    @tf.function
+    def step(number):
+        strategy.run(lambda: optimizer.apply_gradients([(gradients_of(replicas)(number), variable)]))
+
+    for number in range(3):
+        step(tf.constant(float(number)))
+        np.testing.assert_array_equal(variable.numpy(), [0.0, 0.0])
+    step(tf.constant(3.0))
+    np.testing.assert_allclose(variable.numpy(), [-2.5, -2.5], rtol=1e-6)
+    assert (int(optimizer.applied_steps), int(optimizer.inner.iterations.numpy())) == (1, 1)
+    for number in range(4):
+        step(tf.constant(float(number)))
+    np.testing.assert_allclose(variable.numpy(), [-5.0, -5.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_overflow_inside_a_window_skips_the_whole_window_on_all_replicas(mirrored, replicas):
+    for bad in range(replicas):
+        strategy = mirrored(replicas)
+        with strategy.scope():
+            variable = tf.Variable([0.0, 0.0])
+            optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), accumulation_steps=4, ema_momentum=0.5)
+            optimizer.build([variable])
+
+        @tf.function
+        def step(number, bad=bad, strategy=strategy, optimizer=optimizer, variable=variable):
+            def replica_step():
+                return optimizer.apply_gradients([(gradients_of(replicas, bad)(number), variable)])
+
+            return strategy.experimental_local_results(strategy.run(replica_step))[0]
+
+        results = [bool(step(tf.constant(float(number)))) for number in range(4)]
+        assert results == [True, True, True, False]
+        np.testing.assert_array_equal(variable.numpy(), [0.0, 0.0])
+        assert float(optimizer.loss_scale) == 2.0**14
+        (skip,) = optimizer.skips(0, 1)
+        assert (skip.update, skip.loss_scale) == (0, 2.0**15)
+        for number in (0.0, 1.0, 3.0, 4.0):
+            step(tf.constant(number))
+        np.testing.assert_allclose(variable.numpy(), [-3.0, -3.0], rtol=1e-6)
+        with optimizer.averaged_weights():
+            np.testing.assert_allclose(variable.numpy(), [-1.5, -1.5], rtol=1e-6)
+        np.testing.assert_allclose(variable.numpy(), [-3.0, -3.0], rtol=1e-6)
+
+
+def test_average_follows_the_weights_by_the_formula():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0), ema_momentum=0.9)
+    variable = tf.Variable([1.0])
+    optimizer.build([variable])
+    expected, weight = 1.0, 1.0
+    for gradient in (1.0, 2.0, np.inf, 3.0):
+        optimizer.apply_gradients([(tf.constant([gradient]), variable)])
+        if np.isfinite(gradient):
+            weight -= gradient
+            expected = 0.9 * expected + 0.1 * weight
+    with optimizer.averaged_weights():
+        assert float(variable[0]) == pytest.approx(expected, abs=1e-6)
+    assert float(variable[0]) == weight
+
+
+def test_every_skip_is_remembered_with_its_number_scale_and_variables():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8)
+    first, second = tf.Variable([1.0], name="block/first/kernel"), tf.Variable([1.0], name="block/second/kernel")
+    optimizer.build([first, second])
+    for loss, gradients in ((1.0, (1, np.inf)), (1.0, (1, 1)), (np.nan, (np.nan, np.nan))):
+        optimizer.get_scaled_loss(tf.constant(loss))
+        optimizer.apply_gradients(zip(map(tf.constant, [[float(g)] for g in gradients]), [first, second], strict=True))
+    skips = optimizer.skips(0, 2)
+    assert [(skip.update, skip.loss_scale, skip.loss_finite, skip.layer) for skip in skips] == [
+        (0, 8.0, True, "block/second"),
+        (2, 4.0, False, "block/first"),
+    ]
+
+
+def test_ring_of_skips_forgets_the_oldest_only():
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    variable = tf.Variable([1.0])
+    scale_after(optimizer, "x" * 70, variable)
+    assert [skip.update for skip in optimizer.skips(0, 70)] == list(range(6, 70))

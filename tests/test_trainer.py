@@ -166,3 +166,48 @@ def test_source_without_examples_is_refused():
 
 def test_trainer_is_a_public_name():
     assert issubclass(trainers.TinyTrainer, Trainer)
+
+
+def test_accumulated_window_equals_the_large_batch(config, mirrored):
+    config.precision.policy = "float32"
+    config.checkpoint.every_steps = config.train.steps = 12
+    config.optimizer.clip_norm = 0.5
+    config.optimizer.ema_momentum = 0.9
+    large = trainers.ModuleTrainer(config, mirrored(1))
+    train(large, 3)
+    config.data.batch_size //= 4
+    config.optimizer.accumulation_steps = 4
+    for replicas in (1, 3):
+        small = trainers.ModuleTrainer(config, mirrored(replicas))
+        train(small, 12)
+        for path, value in values(large).items():
+            if path != "step":
+                np.testing.assert_allclose(values(small)[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_overflow_inside_a_window_puts_back_the_statistics_of_all_its_steps(config, mirrored, replicas):
+    config.optimizer.accumulation_steps = 3
+    config.model = ConfigDict({"poisoned_steps": [4], "poisoned_replica": replicas - 1})
+    trainer = trainers.PoisonedTrainer(config, mirrored(replicas))
+    train(trainer, 3)
+    before = values(trainer)
+    train(trainer, 3)
+    after = values(trainer)
+    for path in before:
+        if path.startswith(("model/", "optimizer/inner/")):
+            np.testing.assert_array_equal(before[path], after[path], err_msg=path)
+    assert int(trainer.optimizer.skipped_steps) == 1
+    assert np.isfinite(train(trainer, 3)["loss"])
+
+
+def test_evaluation_uses_the_averaged_weights_and_leaves_the_own_ones(config):
+    config.optimizer.ema_momentum = 0.99
+    config.optimizer.learning_rate = 1.0
+    trainer = trainers.ModuleTrainer(config)
+    train(trainer, 5)
+    before = values(trainer)
+    with_average = trainer.evaluate(tf.constant(trainer.eval_steps))["loss"]
+    assert_same_bits(before, values(trainer))
+    trainer.optimizer._average = None
+    assert trainer.evaluate(tf.constant(trainer.eval_steps))["loss"] != with_average

@@ -1,0 +1,68 @@
+"""What a skipped update must leave untouched beside the weights: BatchNorm's statistics, metrics, any variable of the step.
+
+A forward pass that overflows writes inf into BatchNorm's moving statistics, where it stays for ever: the training loss looks
+fine, evaluation is NaN. Keras 2, Keras 3, PyTorch and Flax all keep it.
+"""
+
+from collections.abc import Callable, Iterable
+
+import tensorflow as tf
+
+from mptrain import keras_compat
+from mptrain.loss_scale import LossScaleOptimizer
+
+
+class StateGuard(tf.Module):
+    """Puts variables back to what they were where the step, or the accumulation window, was skipped.
+
+    Args:
+        optimizer: tells where windows start.
+        statistics: variables that are averaged over the replicas after each step, so that all of them hold the same.
+        local: variables of which each replica has its own, such as those of metrics.
+    """
+
+    def __init__(self, optimizer: LossScaleOptimizer, statistics: Iterable, local: Iterable = ()):
+        super().__init__(name="state_guard")
+        self._optimizer = optimizer
+        self._statistics = [keras_compat.raw(variable) for variable in statistics]
+        self._local = [keras_compat.raw(variable) for variable in local]
+        self._saved = None
+        if optimizer.accumulation_steps > 1:  # a window outlives the step, so what it began with must be a variable
+            self._saved = [_copy(variable) for variable in self._statistics + self._local]
+
+    def __call__(self, step: Callable[[], tf.Tensor]) -> tf.Tensor:
+        """Runs `step` in a replica and returns what it returned: whether nothing was skipped, a bool scalar."""
+        variables = self._statistics + self._local
+        before = [tf.identity(variable) for variable in variables]
+        if self._saved:
+            starts = self._optimizer.window_starts()
+            for index, saved in enumerate(self._saved):
+                before[index] = tf.where(starts, before[index], tf.convert_to_tensor(saved))
+                saved.assign(before[index])
+        applied = step()
+        after = _averaged(self._statistics) + [tf.identity(variable) for variable in self._local]
+        for variable, old, new in zip(variables, before, after, strict=True):
+            variable.assign(tf.where(applied, new, old))
+        return applied
+
+
+def _copy(variable: tf.Variable) -> tf.Variable:
+    return tf.Variable(
+        tf.zeros(variable.shape, variable.dtype),
+        trainable=False,
+        name="saved",
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.SUM,
+    )
+
+
+def _averaged(variables: list[tf.Variable]) -> list[tf.Tensor]:
+    """Returns the mean over the replicas of floating variables, and the others as they are."""
+    values = [tf.identity(variable) for variable in variables]
+    floating = [index for index, value in enumerate(values) if value.dtype.is_floating]
+    replica = tf.distribute.get_replica_context()
+    if floating and replica.num_replicas_in_sync > 1:
+        means = replica.all_reduce(tf.distribute.ReduceOp.MEAN, [values[index] for index in floating])
+        for index, mean in zip(floating, means, strict=True):
+            values[index] = mean
+    return values
