@@ -12,6 +12,8 @@ import tensorflow as tf
 import tf_keras
 from keras.src.utils import naming  # private: only here can Keras 3's automatic names start afresh
 
+from mptrain.errors import InputError
+
 
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and TensorFlow, from which unseeded initializers draw, and starts automatic names afresh.
@@ -128,6 +130,27 @@ def import_class(path: str) -> type:
         return getattr(importlib.import_module(module), name)
     except AttributeError as error:
         raise ImportError(f"module {module!r} has no class {name!r}") from error
+
+
+def read_tf_keras_loss_scale(path: str) -> tuple[float, int]:
+    """Returns (loss scale, applied steps in a row) from a checkpoint with a tf_keras LossScaleOptimizer in it.
+
+    Args:
+        path: prefix of the checkpoint, as `tf.train.Checkpoint.save` returned it.
+
+    Raises:
+        InputError: if there is no such checkpoint, or not exactly one loss scale in it.
+    """
+    try:
+        reader = tf.train.load_checkpoint(path)
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is no TensorFlow checkpoint: {str(error).splitlines()[0]}") from error
+    names = reader.get_variable_to_shape_map()
+    found = [name for name in names if "loss_scale/current_loss_scale/" in name]
+    if len(found) != 1:
+        raise InputError(f"{path} holds {len(found)} loss scales of a tf_keras LossScaleOptimizer: one is needed")
+    good_steps = found[0].replace("current_loss_scale", "good_steps")
+    return float(reader.get_tensor(found[0])), int(reader.get_tensor(good_steps))
 
 
 class InnerOptimizer:

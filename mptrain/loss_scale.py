@@ -141,7 +141,10 @@ class LossScaleOptimizer(tf.Module):
 
     @property
     def gradient_norm(self) -> tf.Tensor:
-        """Global norm of the last update's gradients, unscaled, summed, not clipped; float32; inf or NaN if skipped."""
+        """Global norm of the last update's gradients, unscaled, summed, not clipped; float32; inf or NaN if skipped.
+
+        Taken from a sum of squares in float32, so a norm below 1e-19 shows as 0 and one above 1e19 as an overflow.
+        """
         return tf.convert_to_tensor(self._gradient_norm)
 
     @property
@@ -258,6 +261,19 @@ class LossScaleOptimizer(tf.Module):
         count, skipped = int(self.consecutive_skips), int(self.skipped_steps)
         if count >= self.max_consecutive_skips:
             raise_stuck(self.skips(skipped - 1, skipped)[0], count)
+
+    def import_tf_keras_loss_scale(self, path: str) -> None:
+        """Takes the loss scale and its counter from a checkpoint with a tf_keras LossScaleOptimizer in it.
+
+        Args:
+            path: prefix of the checkpoint, as `tf.train.Checkpoint.save` returned it.
+
+        Raises:
+            InputError: if there is no loss scale to be found.
+        """
+        scale, applied_in_a_row = keras_compat.read_tf_keras_loss_scale(path)
+        self._scale.value.assign(scale)
+        self._scale.applied_in_a_row.assign(applied_in_a_row)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -3,6 +3,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from mptrain import InputError, LossScaleOptimizer, RunError
 
@@ -335,3 +338,117 @@ def test_ring_of_skips_forgets_the_oldest_only():
     variable = tf.Variable([1.0])
     scale_after(optimizer, "x" * 70, variable)
     assert [skip.update for skip in optimizer.skips(0, 70)] == list(range(6, 70))
+
+
+@pytest.mark.parametrize("inner", ["Adam", "SGD", "RMSprop", "Adagrad", "Nadam"])
+@pytest.mark.parametrize("home", [keras.optimizers, tf_keras.optimizers, tf_keras.optimizers.legacy])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_five_optimizers_of_each_generation_end_where_a_run_without_the_skipped_steps_ends(mirrored, home, inner, replicas):
+    ends = []
+    for outcomes in ("....", ".x.xx.."):
+        strategy = mirrored(replicas)
+        with strategy.scope():
+            variable = tf.Variable([1.0, 2.0])
+            optimizer = LossScaleOptimizer(getattr(home, inner)(0.1), clip_norm=1.0)
+            optimizer.build([variable])
+
+        @tf.function
+        def loop(outcomes, strategy=strategy, optimizer=optimizer, variable=variable):
+            def replica_step(bad):
+                gradient = tf.where(bad, np.nan, 1.0) * tf.constant([1.0, 3.0])
+                return optimizer.apply_gradients([(gradient, variable)])
+
+            for bad in outcomes:
+                strategy.run(replica_step, args=(bad,))
+
+        loop(tf.constant([outcome == "x" for outcome in outcomes]))
+        inner_state = {path: value.numpy() for path, value in optimizer.state.items() if path.startswith("inner/")}
+        ends.append([variable.numpy(), *inner_state.values()])
+    assert len(ends[0]) > 1
+    for left, right in zip(*ends, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+finite = st.floats(-1e6, 1e6, width=32)
+shapes = hnp.array_shapes(min_dims=0, max_dims=3, max_side=4)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    gradients=st.lists(st.none() | shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=finite)), min_size=1),
+    exponent=st.integers(0, 24),
+    clip_norm=st.none() | st.floats(1e-3, 1e3),
+)
+def test_scaling_and_unscaling_is_exact_and_the_update_is_the_clipped_gradient(gradients, exponent, clip_norm):
+    """For any shapes, any Nones and any scale that is a power of two."""
+    optimizer = LossScaleOptimizer(PlainSgd(), initial_scale=2.0**exponent, clip_norm=clip_norm)
+    scaled = [None if g is None else tf.constant(g * np.float32(2.0**exponent)) for g in gradients]
+    unscaled = optimizer.get_unscaled_gradients(scaled)
+    for given_gradient, returned in zip(gradients, unscaled, strict=True):
+        if given_gradient is None:
+            assert returned is None
+        else:
+            np.testing.assert_array_equal(returned.numpy(), given_gradient)
+    present = [g.astype(np.float64) for g in gradients if g is not None]
+    variables = [tf.Variable(np.zeros((1,) if g is None else g.shape, np.float32)) for g in gradients]
+    if not present:
+        with pytest.raises(ValueError, match="every gradient is None"):
+            optimizer.apply_gradients(zip(unscaled, variables, strict=True))
+        return
+    assert optimizer.apply_gradients(zip(unscaled, variables, strict=True))
+    norm = np.sqrt(sum((g**2).sum() for g in present))
+    assert float(optimizer.gradient_norm) == pytest.approx(norm, rel=1e-5, abs=1e-18)  # squares below 1e-38 vanish
+    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / max(norm, 1e-30))
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if gradient is not None:
+            np.testing.assert_allclose(variable.numpy(), -gradient * factor, rtol=1e-4, atol=1e-30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 5), st.floats(-100, 100, width=32)), min_size=1, max_size=12),
+    bad=st.none() | st.integers(0, 11),
+)
+def test_sparse_gradient_counts_like_the_dense_one(rows, bad):
+    """For any repetition of rows, and an inf in any of them."""
+    indices, numbers = [row for row, _ in rows], np.array([[number] for _, number in rows], np.float32)
+    if bad is not None:
+        numbers[bad % len(rows)] = np.inf
+    sparse = tf.IndexedSlices(tf.constant(numbers), tf.constant(indices), tf.constant([6, 1]))
+    optimizer, variable = LossScaleOptimizer(keras.optimizers.SGD(1.0)), tf.Variable(tf.zeros([6, 1]))
+    applied = optimizer.apply_gradients([(sparse, variable)])
+    assert bool(applied) == (bad is None)
+    dense = np.zeros((6, 1))
+    np.add.at(dense, indices, numbers.astype(np.float64))
+    expected = -dense if bad is None else np.zeros((6, 1))
+    np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-5, atol=1e-4)
+    if bad is None:
+        assert float(optimizer.gradient_norm) == pytest.approx(np.sqrt((dense**2).sum()), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("home", [tf_keras.optimizers, tf_keras.optimizers.legacy])
+def test_loss_scale_of_a_tf_keras_checkpoint_is_imported(tmp_path, home):
+    theirs = tf_keras.mixed_precision.LossScaleOptimizer(home.SGD(), initial_scale=2.0**12)
+    theirs._loss_scale.counter.assign(17)
+    path = tf.train.Checkpoint(optimizer=theirs).save(str(tmp_path / "theirs"))
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    optimizer.import_tf_keras_loss_scale(path)
+    assert float(optimizer.loss_scale) == 2.0**12
+    assert int(optimizer.state["loss_scale/applied_in_a_row"].numpy()) == 17
+    with pytest.raises(InputError, match="no TensorFlow checkpoint"):
+        optimizer.import_tf_keras_loss_scale(str(tmp_path / "nothing"))
+
+
+def test_tf_train_checkpoint_holds_all_state_and_brings_it_back(tmp_path):
+    def make():
+        variable = tf.Variable([1.0, 2.0])
+        optimizer = LossScaleOptimizer(keras.optimizers.Adam(0.1), initial_scale=8, growth_interval=2, ema_momentum=0.9)
+        optimizer.build([variable])
+        return variable, optimizer
+
+    first, second = make(), make()
+    scale_after(first[1], "..x.", first[0])
+    path = tf.train.Checkpoint(optimizer=first[1], variable=first[0]).save(str(tmp_path / "state"))
+    tf.train.Checkpoint(optimizer=second[1], variable=second[0]).restore(path).assert_consumed()
+    for left, right in zip(first[1].state.values(), second[1].state.values(), strict=True):
+        np.testing.assert_array_equal(left.numpy(), right.numpy())
