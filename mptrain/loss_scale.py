@@ -15,6 +15,7 @@ from mptrain import keras_compat
 from mptrain.accumulation import GradientSums, WeightAverage
 from mptrain.dynamic_scale import DynamicScale, shared_scalar
 from mptrain.errors import InputError
+from mptrain.gradients import map_values, sum_of_squares, sum_over_replicas, to_float32
 from mptrain.skip_log import Skip, SkipLog, raise_stuck
 
 _SUPPORTED = (
@@ -211,7 +212,7 @@ class LossScaleOptimizer(tf.Module):
         def unscale(values):
             return self._scale.divide(tf.cast(values, tf.float32))
 
-        return [gradient if gradient is None else _map_values(unscale, gradient) for gradient in gradients]
+        return [gradient if gradient is None else map_values(unscale, gradient) for gradient in gradients]
 
     def window_starts(self) -> tf.Tensor:
         """Whether the next step is the first of an accumulation window, bool scalar; always, without accumulation."""
@@ -243,9 +244,9 @@ class LossScaleOptimizer(tf.Module):
         if self._sums is not None:
             self._sums.add(self._in_order_of_build(pairs))
             return self._merged(replica, self._end_of_window)
-        pairs = [(_float32(gradient), variable) for gradient, variable in pairs if gradient is not None]
+        pairs = [(to_float32(gradient), variable) for gradient, variable in pairs if gradient is not None]
         variables = [variable for _, variable in pairs]
-        gradients = _sum_over_replicas(replica, [gradient for gradient, _ in pairs])
+        gradients = sum_over_replicas(replica, [gradient for gradient, _ in pairs])
         return self._merged(replica, lambda strategy, gradients: self._update(strategy, variables, gradients), gradients)
 
     def skips(self, first: int, end: int) -> list[Skip]:
@@ -305,7 +306,7 @@ class LossScaleOptimizer(tf.Module):
     def _in_order_of_build(self, pairs: list) -> list:
         gradients = [None] * len(self._trained)
         for place, (gradient, _) in zip(self._positions([variable for _, variable in pairs]), pairs, strict=True):
-            gradients[place] = _float32(gradient)
+            gradients[place] = to_float32(gradient)
         return gradients
 
     def _merged(self, replica, function, *args):
@@ -321,7 +322,7 @@ class LossScaleOptimizer(tf.Module):
         def update():
             means = self._sums.means()  # across replicas, reading a sum adds the replicas' sums up
             if not tf.distribute.in_cross_replica_context():
-                means = _sum_over_replicas(tf.distribute.get_replica_context(), means)
+                means = sum_over_replicas(tf.distribute.get_replica_context(), means)
             return self._update(strategy, list(self._trained.values()), means)
 
         return tf.cond(self._sums.count(), update, lambda: tf.constant(True))
@@ -329,7 +330,7 @@ class LossScaleOptimizer(tf.Module):
     def _update(self, strategy, variables: list, gradients: list) -> tf.Tensor:
         """Updates in every replica or in none. Of what all agree on since the all-reduce, the first one's is taken."""
         firsts = [strategy.experimental_local_results(gradient)[0] for gradient in gradients]
-        squares = tf.stack([_sum_of_squares(gradient) for gradient in firsts])
+        squares = tf.stack([sum_of_squares(gradient) for gradient in firsts])
         norm = tf.sqrt(tf.reduce_sum(squares))
         finite = tf.math.is_finite(norm)
         places = [[place] for place in self._positions(variables)]
@@ -366,12 +367,12 @@ class LossScaleOptimizer(tf.Module):
         count = tf.convert_to_tensor(self._nonfinite_losses)
         if tf.distribute.in_cross_replica_context():
             return count
-        return _sum_over_replicas(tf.distribute.get_replica_context(), [count])[0]
+        return sum_over_replicas(tf.distribute.get_replica_context(), [count])[0]
 
     def _apply(self, variables: list, gradients: list, norm: tf.Tensor) -> None:
         if self.clip_norm is not None:
             factor = self.clip_norm / tf.maximum(norm, self.clip_norm)
-            gradients = [_map_values(lambda values: values * factor, gradient) for gradient in gradients]
+            gradients = [map_values(lambda values: values * factor, gradient) for gradient in gradients]
         self._inner.apply(list(zip(gradients, variables, strict=True)))
 
 
@@ -383,27 +384,3 @@ def _check_strategy(strategy: tf.distribute.Strategy, scaled: bool) -> None:
         )
     if isinstance(strategy, tf.distribute.TPUStrategy) and scaled:
         raise InputError("TPUs have no float16 arithmetic: use mixed_bfloat16, which needs no loss scale")
-
-
-def _sum_over_replicas(replica, gradients: list) -> list:
-    if replica.num_replicas_in_sync == 1:
-        return gradients
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-
-
-def _float32(gradient):
-    return gradient if gradient is None else _map_values(lambda values: tf.cast(values, tf.float32), gradient)
-
-
-def _map_values(function, gradient):
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
-    return function(gradient)
-
-
-def _sum_of_squares(gradient) -> tf.Tensor:
-    """Returns the sum of the squares of a gradient's elements; rows that stand twice in a sparse one are added up first."""
-    if isinstance(gradient, tf.IndexedSlices):
-        rows, places = tf.unique(gradient.indices)
-        gradient = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
-    return 2.0 * tf.nn.l2_loss(gradient)

@@ -369,7 +369,7 @@ def test_five_optimizers_of_each_generation_end_where_a_run_without_the_skipped_
         np.testing.assert_array_equal(left, right)
 
 
-finite = st.floats(-1e6, 1e6, width=32)
+finite = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)  # TensorFlow flushes subnormals to zero
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, max_side=4)
 
 
