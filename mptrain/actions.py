@@ -3,7 +3,9 @@
 Orbit gives an action neither the step nor a way to stop the run; here each knows its trainer, and raises `StopRun`.
 """
 
+import os
 import signal
+import socket
 import threading
 from collections.abc import Mapping
 
@@ -77,8 +79,9 @@ class OverflowGuard:
 class StopOnSignal:
     """Ends the run after the loop in hand on SIGINT or SIGTERM; a second signal ends the process at once.
 
-    A context manager: the handlers are the run's while it is entered. Outside the main thread, where Python allows no
-    handlers, signals keep their meaning.
+    A context manager: the signals are the run's while it is entered. Python runs signal handlers only between calls of the
+    graph, which may take seconds, so a thread listens to the descriptor that Python writes each signal to. Outside the main
+    thread, where Python allows no handlers, signals keep their meaning.
 
     Args:
         trainer: the run's trainer.
@@ -97,19 +100,29 @@ class StopOnSignal:
 
     def __enter__(self) -> "StopOnSignal":
         if threading.current_thread() is threading.main_thread():
+            self._reader, writer = socket.socketpair()
+            writer.setblocking(False)
+            self._writer, self._previous_fd = writer, signal.set_wakeup_fd(writer.fileno())
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
+                self._previous[number] = signal.signal(number, lambda number, frame: None)
+            threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if self._previous:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._previous_fd)
+            self._writer.close()  # which ends the thread
 
-    def _receive(self, number: int, frame) -> None:
-        self._received = number
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
-        self._console.warn(f"{signal.Signals(number).name}: saving after this loop; a second one stops at once")
+    def _listen(self) -> None:
+        for number in iter(lambda: self._reader.recv(1), b""):
+            if self._received is not None:
+                self._console.abandon()
+                os._exit(128 + number[0])
+            self._received = number[0]
+            name = signal.Signals(self._received).name
+            self._console.warn(f"{name}: stopping and saving at the end of this loop; a second one stops at once")
 
     def __call__(self, outputs: Mapping[str, float]) -> None:
         if self._received is None:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 
 import tensorflow as tf
@@ -16,7 +17,7 @@ import tensorflow as tf
 from mptrain.errors import RunError
 
 _NAME = re.compile(r"ckpt-(\d+)")
-_TEMPORARY = ".writing-"
+_TEMPORARY = ".temporary-"
 # What TensorFlow's reader and json raise for files that are truncated, missing or changed.
 _DAMAGED = (tf.errors.OpError, IndexError, RuntimeError, OSError, ValueError)
 
@@ -59,15 +60,22 @@ class Checkpoints:
         temporary = self.directory / f"{_TEMPORARY}{final.name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
-            temporary.mkdir(parents=True)
+            self.directory.mkdir(exist_ok=True)
+            temporary.mkdir()
             self._checkpoint.write(str(temporary / "state"))
             (temporary / "contents.json").write_text(json.dumps(_contents(self._state), indent=1))
             temporary.rename(final)
-            for old in self.steps()[: -self._keep]:
-                shutil.rmtree(self.path(old))
+            self._remove_old()
         except (OSError, tf.errors.OpError) as error:
-            raise RunError(f"the checkpoint of step {step} cannot be written to {self.directory}: {error}") from error
+            reason = re.sub(r"{{.*?}} ?", "", str(error)).splitlines()[0]
+            raise RunError(f"the checkpoint of step {step} cannot be written to {self.directory}: {reason}") from error
         return final
+
+    def _remove_old(self) -> None:
+        for old in self.steps()[: -self._keep]:
+            gone = self.directory / f"{_TEMPORARY}{self.path(old).name}"
+            self.path(old).rename(gone)  # first out of sight, so that a kill in the middle leaves no half of one
+            shutil.rmtree(gone)
 
     def restore_newest(self, warn: Callable[[str], None]) -> int | None:
         """Restores the newest checkpoint that is whole.
@@ -90,7 +98,9 @@ class Checkpoints:
                 self._checkpoint.read(str(path / "state")).assert_consumed()
                 return step
             except _DAMAGED as error:
-                warn(f"checkpoint {path} is damaged and passed over: {str(error).splitlines()[0]}")
+                aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")  # its place is needed when the step comes again
+                path.rename(aside)
+                warn(f"checkpoint {path} is damaged, passed over and put aside as {aside.name}: {str(error).splitlines()[0]}")
         if steps:
             raise RunError(f"no checkpoint in {self.directory} is whole: move the folder away to start from the beginning")
         return None

@@ -35,7 +35,6 @@ RESUMABLE = (
     "eval.",
     "checkpoint.",
     "devices.",
-    "data.dir",
     "data.eval_batch_size",
 )
 
@@ -150,8 +149,10 @@ def _structure_faults(config: ConfigDict) -> Iterator[str]:
     types = default_config()
     for path in given.keys() - expected.keys():
         yield unknown_field(path)
-    for path in expected.keys() - given.keys():
-        yield f"config field {path!r} is missing: start from mptrain.default_config()"
+    missing = sorted(expected.keys() - given.keys())
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        yield f"config field {missing[0]!r}{more} is missing: start from mptrain.default_config()"
     for path in given.keys() & expected.keys():
         group, _, leaf = path.rpartition(".")
         wanted = (types[group] if group else types).get_type(leaf)

@@ -17,17 +17,13 @@ _INTEGERS = ("examples_per_second", "loss_scale")
 
 
 class Console:
-    """The terminal of one run.
+    """The terminal of one run."""
 
-    Args:
-        quiet: print nothing, as on workers that are not the chief.
-    """
-
-    def __init__(self, quiet: bool = False):
-        self._err = rich.console.Console(stderr=True, quiet=quiet, highlight=False)
+    def __init__(self):
+        self._err = rich.console.Console(stderr=True, highlight=False)
         # Where both are the same terminal, lines go through the console that owns the bar, which keeps it below them.
         both = self._err.is_terminal and sys.stdout.isatty()
-        self._out = self._err if both else rich.console.Console(quiet=quiet, highlight=False)
+        self._out = self._err if both else rich.console.Console(highlight=False)
         self._bar = None
         self._task = None
         self._total = 0
@@ -92,6 +88,12 @@ class Console:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+    def abandon(self) -> None:
+        """Puts the terminal's cursor back when the process is about to end at once, in whatever state the bar is."""
+        if self._err.is_terminal:
+            sys.stderr.write("\x1b[?25h\n")
+            sys.stderr.flush()
 
     def evaluation(self, step: int, outputs: Mapping[str, float], seconds: float) -> None:
         """Prints the line of one evaluation."""

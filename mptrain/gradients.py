@@ -23,8 +23,17 @@ def map_values(function, gradient):
 
 
 def sum_of_squares(gradient) -> tf.Tensor:
-    """Returns the sum of the squares of a gradient's elements; rows that stand twice in a sparse one are added up first."""
-    if isinstance(gradient, tf.IndexedSlices):
-        rows, places = tf.unique(gradient.indices)
-        gradient = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
-    return 2.0 * tf.nn.l2_loss(gradient)
+    """Returns the sum of the squares of a gradient's elements; a sparse one must have each row once."""
+    return 2.0 * tf.nn.l2_loss(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient)
+
+
+def with_each_row_once(gradient):
+    """Returns a sparse gradient with the rows that stand several times added up; a dense one as it is.
+
+    Keras 3 applies such rows one after another, which is not what their sum does to an optimizer with slots.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    rows, places = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
+    return tf.IndexedSlices(values, rows, gradient.dense_shape)

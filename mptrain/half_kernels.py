@@ -21,21 +21,23 @@ from tensorflow.python.eager.polymorphic_function import transform
 
 # The result is one of the inputs' values, or zero: representable in float16 without rounding.
 _EXACT = frozenset(
-    "Abs BroadcastTo ConcatV2 ExpandDims GatherV2 Identity Max MaxPool Maximum Min Minimum MirrorPad Neg Pack Pad PadV2 Relu"
-    " Relu6 ReluGrad Relu6Grad Reshape ReverseV2 Select SelectV2 Slice Split SplitV Squeeze StridedSlice Tile Transpose"
-    " Unpack".split()
+    "Abs BroadcastTo ConcatV2 ExpandDims GatherV2 Identity Max MaxPool MaxPool3D Maximum Min Minimum MirrorPad Neg Pack"
+    " Pad PadV2 Relu Relu6 Relu6Grad ReluGrad Reshape ReverseV2 Select SelectV2 Slice Split SplitV Squeeze StridedSlice"
+    " Tile Transpose Unpack".split()
 )
 _ROUNDED = frozenset(
-    "Add AddN AddV2 AvgPool AvgPoolGrad BatchMatMulV2 BatchMatMulV3 BiasAdd BiasAddGrad Conv2D Conv2DBackpropFilter"
-    " Conv2DBackpropInput Conv3D Conv3DBackpropFilterV2 Conv3DBackpropInputV2 Cumsum DepthwiseConv2dNative"
-    " DepthwiseConv2dNativeBackpropFilter DepthwiseConv2dNativeBackpropInput Einsum Elu EluGrad Erf Exp Expm1"
-    " FusedBatchNormGradV3 FusedBatchNormV3 L2Loss LeakyRelu LeakyReluGrad Log Log1p LogSoftmax MatMul MaxPoolGrad Mean Mul"
-    " Pow Prod RealDiv Reciprocal ReciprocalGrad Rsqrt RsqrtGrad Selu SeluGrad Sigmoid SigmoidGrad Softmax Softplus"
-    " SoftplusGrad SoftmaxCrossEntropyWithLogits SparseSoftmaxCrossEntropyWithLogits Sqrt SqrtGrad Square SquaredDifference"
-    " Sub Sum Tanh TanhGrad UnsortedSegmentSum".split()
+    "Add AddN AddV2 AvgPool AvgPool3D AvgPool3DGrad AvgPoolGrad BatchMatMulV2 BatchMatMulV3 BiasAdd BiasAddGrad Conv2D"
+    " Conv2DBackpropFilter Conv2DBackpropInput Conv3D Conv3DBackpropFilterV2 Conv3DBackpropInputV2 Cumsum"
+    " DepthwiseConv2dNative DepthwiseConv2dNativeBackpropFilter DepthwiseConv2dNativeBackpropInput Einsum Elu EluGrad"
+    " Erf Exp Expm1 FusedBatchNormGradV3 FusedBatchNormV3 L2Loss LeakyRelu LeakyReluGrad Log Log1p LogSoftmax MatMul"
+    " MaxPool3DGrad MaxPoolGrad Mean Mul Pow Prod RealDiv Reciprocal ReciprocalGrad Rsqrt RsqrtGrad Selu SeluGrad"
+    " Sigmoid SigmoidGrad Softmax SoftmaxCrossEntropyWithLogits Softplus SoftplusGrad"
+    " SparseSoftmaxCrossEntropyWithLogits Sqrt SqrtGrad Square SquaredDifference Sub Sum Tanh TanhGrad"
+    " UnsortedSegmentSum".split()
 )
-# A convolution or product and the bias added to it are rounded once, as every fused kernel does.
-_FUSED_WITH_BIAS = frozenset("Conv2D Conv3D DepthwiseConv2dNative MatMul BatchMatMulV2 BatchMatMulV3".split())
+# A convolution or product and what is added to it are rounded once, as every fused kernel does.
+_ADDITIONS = ("BiasAdd", "AddV2")
+_FUSED_WITH_ADDITION = frozenset("Conv2D Conv3D DepthwiseConv2dNative MatMul BatchMatMulV2 BatchMatMulV3".split())
 
 
 @contextlib.contextmanager
@@ -76,7 +78,7 @@ class _Rewriting:
     def __init__(self, graph: tf.Graph):
         self._graph = graph
         self._wide = {}  # float16 tensor -> float32 tensor of the same values
-        self._unrounded = {}  # float16 result that waits for its bias -> float32 tensor before rounding
+        self._unrounded = {}  # float16 result that may be added to -> float32 tensor before rounding
         self.half = {}  # output of a replaced operation -> the tensor that replaces it
 
     def replace(self, op: tf.Operation) -> None:
@@ -87,7 +89,7 @@ class _Rewriting:
             self._graph.control_dependencies(op.control_inputs),
         ):
             inputs = [self._widened(tensor) for tensor in op.inputs]
-            if op.type == "BiasAdd":
+            if op.type in _ADDITIONS:
                 inputs[0] = self._unrounded.get(op.inputs[0].ref(), inputs[0])
             dtypes = [tf.float32 if t.dtype == tf.float16 else t.dtype for t in op.outputs]
             new = self._graph.create_op(op.type, inputs, dtypes, attrs=_float32_attributes(op), name=f"{op.name}/float32")
@@ -103,7 +105,8 @@ class _Rewriting:
         if _is_exact(op):
             self._wide[before.ref()] = after
             return
-        if op.type in _FUSED_WITH_BIAS:
+        readers = [reader for reader in before.consumers() if reader.type not in ("Shape", "ShapeN")]
+        if op.type in _FUSED_WITH_ADDITION and len(readers) == 1:
             self._unrounded[before.ref()] = after
         self._wide[before.ref()] = tf.cast(rounded, tf.float32)
 

@@ -112,11 +112,41 @@ def _owns_variables(layer, inner) -> bool:
     return any(id(variable) not in below for variable in layer.variables)
 
 
-def seed_generators(model) -> Iterator[keras.random.SeedGenerator]:
-    """Yields the generators behind dropout and noise of a Keras 3 model, in the order of creation."""
-    if isinstance(model, keras.Layer):
-        for layer in model._flatten_layers():
+def statistics(model) -> list[tf.Variable]:
+    """Returns the variables that a forward pass may write, such as BatchNorm's: not trainable by nature.
+
+    Weights of frozen layers, which are not trainable by choice, are left out: nothing writes them.
+    """
+    if not is_keras_layer(model):
+        return list(model.non_trainable_variables)
+    found = {}
+    for layer in model._flatten_layers():
+        own = layer._non_trainable_variables if isinstance(layer, keras.Layer) else layer._non_trainable_weights
+        found |= {id(variable): raw(variable) for variable in own}
+    return list(found.values())
+
+
+def bind_seeds(model, draw: Callable[[int], tf.Tensor]) -> None:
+    """Makes the generators behind dropout and noise of a Keras model take their seeds from `draw(stream)`.
+
+    Args:
+        model: Keras 3 or tf_keras; a `tf.Module` has no such generators.
+        draw: returns a seed, int32 [2]; the generators are numbered from 1, in the order of creation.
+    """
+    for stream, generator in enumerate(_seed_generators(model), start=1):
+        if isinstance(generator, keras.random.SeedGenerator):
+            generator.next = lambda ordered=True, stream=stream: draw(stream)
+        else:  # tf_keras: private, because its public seeds are state that no checkpoint holds
+            generator._rng_type, generator._built = generator.RNG_STATELESS, True
+            generator.make_seed_for_stateless_op = lambda stream=stream: draw(stream)
+
+
+def _seed_generators(model) -> Iterator:
+    for layer in model._flatten_layers() if is_keras_layer(model) else ():
+        if isinstance(layer, keras.Layer):
             yield from layer._seed_generators
+        elif getattr(layer, "_random_generator", None) is not None:
+            yield layer._random_generator
 
 
 def import_class(path: str) -> type:

@@ -15,7 +15,7 @@ from mptrain import keras_compat
 from mptrain.accumulation import GradientSums, WeightAverage
 from mptrain.dynamic_scale import DynamicScale, shared_scalar
 from mptrain.errors import InputError
-from mptrain.gradients import map_values, sum_of_squares, sum_over_replicas, to_float32
+from mptrain.gradients import map_values, sum_of_squares, sum_over_replicas, to_float32, with_each_row_once
 from mptrain.skip_log import Skip, SkipLog, raise_stuck
 
 _SUPPORTED = (
@@ -153,6 +153,10 @@ class LossScaleOptimizer(tf.Module):
         """The learning rate of the next update, float32 scalar; None where the inner optimizer has none."""
         return self._inner.learning_rate
 
+    @learning_rate.setter
+    def learning_rate(self, value) -> None:
+        self.inner.learning_rate = value
+
     @property
     def state(self) -> dict[str, tf.Variable]:
         """Everything that a checkpoint between two windows must hold, by path: scale, counters, slots, averages."""
@@ -246,7 +250,7 @@ class LossScaleOptimizer(tf.Module):
             return self._merged(replica, self._end_of_window)
         pairs = [(to_float32(gradient), variable) for gradient, variable in pairs if gradient is not None]
         variables = [variable for _, variable in pairs]
-        gradients = sum_over_replicas(replica, [gradient for gradient, _ in pairs])
+        gradients = [with_each_row_once(g) for g in sum_over_replicas(replica, [gradient for gradient, _ in pairs])]
         return self._merged(replica, lambda strategy, gradients: self._update(strategy, variables, gradients), gradients)
 
     def skips(self, first: int, end: int) -> list[Skip]:
@@ -373,7 +377,8 @@ class LossScaleOptimizer(tf.Module):
         if self.clip_norm is not None:
             factor = self.clip_norm / tf.maximum(norm, self.clip_norm)
             gradients = [map_values(lambda values: values * factor, gradient) for gradient in gradients]
-        self._inner.apply(list(zip(gradients, variables, strict=True)))
+        pairs = list(zip(gradients, variables, strict=True))
+        self._inner.apply([(map_values(lambda values, v=v: tf.cast(values, v.dtype), g), v) for g, v in pairs])
 
 
 def _check_strategy(strategy: tf.distribute.Strategy, scaled: bool) -> None:

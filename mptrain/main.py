@@ -11,7 +11,7 @@ import time
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mptrain import config as config_lib
 from mptrain.errors import InputError, RunError, StopRun, one_line
@@ -58,21 +58,34 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """Parses `argv`; a mistake in a flag or in the config file becomes one line."""
     try:
         remaining = flags.FLAGS(argv)
-        list(_CONFIG.value or ())  # a file that did not load raises when it is first looked at
-        return remaining
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        config = _CONFIG.value
+        getattr(config, "keys", None)  # a file that did not load raises when it is first looked at
+    except Exception as error:  # the config file is the user's code: whatever it raises is told in one line
         _exit(2, _flag_message(argv, error))
+    if "config" in _given(argv) and not isinstance(config, ConfigDict):
+        _exit(2, f"{_given(argv)['config']}: get_config() returns {config!r}: end it with `return config`")
+    return remaining
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """Returns {flag: value} of the command line, be the two joined by "=" or by a space."""
+    joined = re.sub(r"\0(?!-)", "=", "\0".join(argv[1:]))
+    return dict(pair.lstrip("-").split("=", 1) for pair in joined.split("\0") if pair.startswith("-") and "=" in pair)
 
 
 def _flag_message(argv: list[str], error: Exception) -> str:
-    given = dict(arg.lstrip("-").split("=", 1) for arg in argv[1:] if arg.startswith("--") and "=" in arg)
+    given = _given(argv)
     path = given.get("config", "").split(":")[0]
     if path and not os.path.isfile(path):
         return f"config file {path!r} not found: write --config=FILE, for instance --config=configs/mnist.py"
-    known = dict(config_lib.fields(config_lib.default_config()))
+    known = [name for name, _ in config_lib.fields(config_lib.default_config())]
     for flag in given:
         field = flag.removeprefix("config.")
-        if field != flag and field not in known and not field.startswith("model."):
+        if field == flag or field in known:
+            continue
+        if any(name.startswith(f"{field}.") for name in known):
+            return f"--{flag} is a group of fields: set one of them, as --{flag}.FIELD=VALUE"
+        if not field.startswith("model."):
             return config_lib.unknown_field(field)
     text = str(error)
     line = _line_of(path, error)
@@ -80,7 +93,11 @@ def _flag_message(argv: list[str], error: Exception) -> str:
     unknown = re.search(r'Key \\?"(\w+)\\?" does not exist', text)
     if unknown:
         return place + config_lib.unknown_field(unknown[1])
-    return place + text.strip().splitlines()[-1]
+    missing = [flag for flag in given if flag.startswith("config.model.")]
+    if missing and not line:
+        return f"unknown config field {missing[0][7:]!r}: config.model has the fields that {path} gives it"
+    kind = "" if isinstance(error, flags.Error) or "parsing config file" in text else f"{type(error).__name__}: "
+    return place + kind + (text.strip().splitlines() or [""])[-1].strip()
 
 
 def _line_of(path: str, error: Exception) -> int | None:
@@ -111,7 +128,10 @@ def run() -> None:
             sys.exit(stop.exit_status)
 
     _quieten(sys.argv)
-    app.run(guarded, flags_parser=_parse_flags)
+    try:
+        app.run(guarded, flags_parser=_parse_flags)
+    except KeyboardInterrupt:  # before the run or outside of it: there is nothing to save
+        _exit(130, "interrupted")
 
 
 if __name__ == "__main__":

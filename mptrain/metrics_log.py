@@ -3,34 +3,66 @@
 import json
 import math
 import os
+import pathlib
 import time
 from collections.abc import Mapping
+
+from mptrain.errors import RunError
 
 
 class MetricsLog:
     """Appends rows to a file; each row is flushed, so that a killed run keeps what it wrote.
 
     Args:
-        path: the file; made if it is not there, never shortened.
+        path: the file; made if it is not there. A last line that a kill cut short is removed.
+        last_step: rows of later steps are removed: they are what a killed run wrote after its last checkpoint, and the
+            resumed run will write them again. Events stay.
+
+    Raises:
+        RunError: if the file cannot be written, here or later.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self._file = open(path, "a", buffering=1)
+    def __init__(self, path: str | os.PathLike, last_step: int):
+        self._path = pathlib.Path(path)
+        try:
+            self._keep_rows_up_to(last_step)
+            self._file = open(path, "a", buffering=1)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def row(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends the metrics of `split` ("train" or "eval") at `step`; a NaN or inf becomes null and is named."""
         nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
-        finite = {name: None if name in nonfinite else value for name, value in values.items()}
-        self._write({"step": step, "split": split, "time": time.time(), **finite}, nonfinite)
+        row = {"step": step, "split": split, "time": time.time(), **values, **dict.fromkeys(nonfinite)}
+        self._write({**row, "nonfinite": nonfinite} if nonfinite else row)
 
     def event(self, step: int, event: str, **details) -> None:
         """Appends an event at `step`: "resume", "fallback", "overflow", "preemption", "finished"."""
-        self._write({"step": step, "event": event, "time": time.time(), **details}, [])
+        self._write({"step": step, "event": event, "time": time.time(), **details})
 
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, row: dict, nonfinite: list[str]) -> None:
-        if nonfinite:
-            row["nonfinite"] = nonfinite
-        self._file.write(json.dumps(row) + "\n")
+    def _write(self, row: dict) -> None:
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _keep_rows_up_to(self, last_step: int) -> None:
+        if not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and not _is_later_row(line, last_step)]
+        if kept != lines:
+            temporary = self._path.with_name(f".{self._path.name}.writing")
+            temporary.write_text("".join(kept))
+            temporary.replace(self._path)
+
+    def _failed(self, error: OSError) -> RunError:
+        return RunError(f"{self._path} cannot be written to: {error.strerror}")
+
+
+def _is_later_row(line: str, last_step: int) -> bool:
+    row = json.loads(line)
+    return "split" in row and row["step"] > last_step

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from mptrain.errors import InputError
 from mptrain.loss_scale import LossScaleOptimizer
-from mptrain.precision import Precision
 
 _WRAPPERS = ("LossScaleOptimizer", "MultiOptimizer", "Optimizer")
 _WITHOUT_DECAY = ("bias", "gamma", "beta")  # as Keras names the offsets of layers and the factors of norms
@@ -54,19 +53,19 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return {name: getattr(self, name) for name in names}
 
 
-def build(config: ConfigDict, total_steps: int, precision: Precision) -> LossScaleOptimizer:
-    """Returns the optimizer that `config` describes, with loss scaling where `precision` needs it.
+def build(config: ConfigDict, total_steps: int, *, scaled: bool) -> LossScaleOptimizer:
+    """Returns the optimizer that `config` describes, with loss scaling where it is needed.
 
     Args:
         config: the whole run's config: optimizer, schedule and loss_scale are read.
         total_steps: length of the run, for the schedule.
-        precision: float16 turns loss scaling on; every other precision leaves the scale at 1.
+        scaled: whether the loss is scaled, as float16 needs; otherwise the scale is 1.
 
     Raises:
         InputError: if Keras has no optimizer of that name.
     """
     options = config.loss_scale.to_dict()
-    if not precision.is_float16:
+    if not scaled:
         options.update(dynamic=False, initial_scale=1.0)
     window = config.optimizer.accumulation_steps
     return LossScaleOptimizer(

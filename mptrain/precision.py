@@ -40,11 +40,6 @@ class Precision:
     reason: str = "as configured"
     float32_layers: tuple[str, ...] = ()
 
-    @property
-    def is_float16(self) -> bool:
-        """Whether gradients can underflow, so that the loss must be scaled."""
-        return self.compute_dtype == tf.float16
-
     def cast_to_compute(self, tree):
         """Casts the floating tensors of a nested structure to the compute dtype; others pass as they are."""
         return _cast_floating(tree, self.compute_dtype)
@@ -143,11 +138,17 @@ class Kernels:
         return half_kernels.float32_kernels() if self.widen else contextlib.nullcontext()
 
 
-def kernels(precision: Precision, jit_compile: str | bool, strategy: tf.distribute.Strategy) -> Kernels:
-    """Chooses the kernels from precision and hardware, so that no float16 run on a CPU takes a slow path unasked.
+def uses_float16(precision: Precision, model) -> bool:
+    """Whether gradients can underflow, so that the loss must be scaled: the precision, or a layer of the model, is float16."""
+    layers = plan(model) if keras_compat.is_keras_layer(model) else []
+    return precision.compute_dtype == tf.float16 or any(row.compute_dtype == "float16" for row in layers)
+
+
+def kernels(float16: bool, jit_compile: str | bool, strategy: tf.distribute.Strategy) -> Kernels:
+    """Chooses the kernels from dtype and hardware, so that no float16 run on a CPU takes a slow path unasked.
 
     Args:
-        precision: the run's precision.
+        float16: whether anything is computed in float16.
         jit_compile: "auto", True or False.
         strategy: the run's strategy.
 
@@ -160,9 +161,9 @@ def kernels(precision: Precision, jit_compile: str | bool, strategy: tf.distribu
             raise InputError(
                 "config.train.jit_compile is True with several CPU replicas: XLA cannot compile their all-reduce; write 'auto'"
             )
-        slow = "; float16 is slow in XLA on a CPU" if on_cpu and precision.is_float16 else ""
+        slow = "; float16 is slow in XLA on a CPU" if on_cpu and float16 else ""
         return Kernels(True, False, f"XLA, as configured{slow}")
-    if on_cpu and precision.is_float16:
+    if on_cpu and float16:
         return Kernels(False, True, "float16 operations computed in float32 and rounded: CPUs' float16 kernels are slow")
     if jit_compile is False:
         return Kernels(False, False, "TensorFlow's kernels, as configured")

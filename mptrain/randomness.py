@@ -5,15 +5,13 @@ replicas, and that moves on when a step is skipped. Bound to the step, a generat
 same numbers in a run that was killed and resumed, and replicas draw different ones.
 """
 
-import threading
-
 import tensorflow as tf
 
 from mptrain import keras_compat
 
 
-class StepRandomness:
-    """Seeds for everything random in one train step.
+class StepRandomness(tf.Module):
+    """Seeds for everything random in one train step. Create it in the strategy's scope.
 
     Args:
         seed: the run's seed.
@@ -21,28 +19,35 @@ class StepRandomness:
     """
 
     def __init__(self, seed: int, step: tf.Variable):
+        super().__init__(name="step_randomness")
         self._seed = seed
         self._step = step
-        self._calls = threading.local()  # replicas are traced in threads of their own
+        self._draws = tf.Variable(  # each replica counts its own, in the graph, so that loops draw anew in each turn
+            0,
+            dtype=tf.int64,
+            trainable=False,
+            name="draws",
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.SUM,
+        )
 
     def begin_step(self) -> None:
-        """Starts the numbering of draws afresh; called where the tracing of a replica's step begins."""
-        self._calls.count = 0
+        """Starts the numbering of draws afresh; called where a replica's step begins."""
+        self._draws.assign(0)
 
     def draw(self, stream: int = 0) -> tf.Tensor:
-        """Returns a seed for stateless random operations, int32 [2], another one at each call in a step.
+        """Returns a seed for stateless random operations, int32 [2], another one at each call in a step; in a replica.
 
         Args:
             stream: separates users who draw independently, such as layers.
         """
-        self._calls.count = getattr(self._calls, "count", 0) + 1
-        replica = tf.distribute.get_replica_context()
+        self._draws.assign_add(1)
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         seed = tf.constant([self._seed, stream], tf.int32)
-        for number in (self._calls.count, replica.replica_id_in_sync_group if replica else 0, self._step):
+        for number in (self._draws, replica, self._step):
             seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int64))
         return seed
 
     def bind(self, model) -> None:
-        """Makes the seed generators of a Keras 3 model draw from here; other models are left alone."""
-        for stream, generator in enumerate(keras_compat.seed_generators(model), start=1):
-            generator.next = lambda ordered=True, stream=stream: self.draw(stream)
+        """Makes dropout and noise of a Keras model draw from here."""
+        keras_compat.bind_seeds(model, self.draw)

@@ -1,5 +1,6 @@
 """A run's folder: where things lie in it, and whether a run may use one that is there already."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -84,8 +85,32 @@ class RunFolder:
                 f" --config.precision.policy={began} in a new folder, or resume on the first hardware"
             )
 
+    def lock(self) -> None:
+        """Makes the folder and keeps other processes from writing to it, until this process ends, however it ends.
+
+        Raises:
+            InputError: if another process writes to it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            raise InputError(f"--workdir={self.path} is in use by {owner}: wait for it, or name another folder") from error
+        except OSError as error:
+            raise InputError(f"--workdir={self.path} cannot be written to: {error.strerror}; name another folder") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._lock.flush()
+
+    def unlock(self) -> None:
+        """Lets others write to the folder again."""
+        self._lock.close()
+
     def create(self, config: ConfigDict, precision: str, devices: str, plan: str) -> None:
-        """Makes the folder and writes config.json and precision_plan.txt, each whole or not at all.
+        """Writes config.json and precision_plan.txt, each whole or not at all.
 
         Raises:
             InputError: if they cannot be written.
@@ -99,7 +124,6 @@ class RunFolder:
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.config_file, json.dumps(content, indent=1) + "\n")
             _replace(self.plan_file, plan)
         except OSError as error:

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import traceback
 
 from ml_collections import ConfigDict
 
@@ -47,12 +48,35 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     checkpoints = Checkpoints(folder.checkpoints, trainer.state, config.checkpoint.keep)
     if mode == "eval" and not checkpoints.steps():
         raise InputError(f"--mode=eval: {folder.checkpoints} holds no checkpoint: name the folder of a run in --workdir")
+    if mode == "eval":
+        return _run_locked(trainer, folder, checkpoints, console, mode, changes)
+    folder.lock()
+    try:
+        return _run_locked(trainer, folder, checkpoints, console, mode, changes)
+    finally:
+        folder.unlock()
+
+
+def _run_locked(trainer, folder, checkpoints, console, mode, changes) -> dict[str, float]:
     hardware = devices.describe(trainer.strategy)
     plan = console.plan(precision.plan(trainer.model), _notes(trainer, hardware))
     for warning in trainer.precision_warnings:
         console.warn(warning)
-    folder.create(config, trainer.precision.name, hardware, plan)
-    return _Run(trainer, folder, checkpoints, console).run(mode, changes)
+    fallbacks = []
+    with trainer.strategy.scope():
+        step = checkpoints.restore_newest(fallbacks.append)
+    if mode != "eval":
+        folder.create(trainer.config, trainer.precision.name, hardware, plan)
+    log = MetricsLog(folder.metrics_file, last_step=math.inf if mode == "eval" else step or 0)
+    for message in fallbacks:
+        console.warn(message)
+        log.event(step or 0, "fallback", reason=message)
+    for path, (before, now) in changes.items():
+        console.line(f"config.{path} was {before!r} and is {now!r} from here on")
+    if step is not None:
+        console.line(f"restored step {step} of {trainer.total_steps} from {folder.path}")
+        log.event(step, "resume", changes={path: list(pair) for path, pair in changes.items()})
+    return _Run(trainer, folder, checkpoints, console, log).run(mode)
 
 
 def build_trainer(config: ConfigDict) -> Trainer:
@@ -63,14 +87,22 @@ def build_trainer(config: ConfigDict) -> Trainer:
     """
     try:
         trainer_class = keras_compat.import_class(config.trainer)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise InputError(
             f"config.trainer is {config.trainer!r}: {error}; write module path and class, and start where the module can be"
             " imported"
         ) from error
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
         raise InputError(f"config.trainer is {config.trainer!r}: it is not a subclass of mptrain.Trainer")
-    return trainer_class(config)
+    try:
+        return trainer_class(config)
+    except AttributeError as error:
+        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        name = str(error).splitlines()[0].strip("'\"")
+        raise InputError(
+            f"{config.trainer} reads the config field {name!r}, which is not there: set it in config.model"
+        ) from error
 
 
 def _notes(trainer: Trainer, hardware: str) -> list[str]:
@@ -84,12 +116,12 @@ def _notes(trainer: Trainer, hardware: str) -> list[str]:
 class _Run:
     """One mode of a run, once all its parts are there."""
 
-    def __init__(self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints, console: Console):
+    def __init__(self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints, console: Console, log: MetricsLog):
         self._trainer = trainer
         self._folder = folder
         self._checkpoints = checkpoints
         self._console = console
-        self._log = MetricsLog(folder.metrics_file)
+        self._log = log
         self._start = time.monotonic()
         self._evaluated = {}  # step -> outputs
 
@@ -97,9 +129,8 @@ class _Run:
     def _step(self) -> int:
         return int(self._trainer.global_step.numpy())
 
-    def run(self, mode: str, changes: dict) -> dict[str, float]:
+    def run(self, mode: str) -> dict[str, float]:
         try:
-            self._restore(changes)
             controller, signals = self._controller()
             if mode == "eval":
                 outputs = self._evaluate(controller)
@@ -115,19 +146,6 @@ class _Run:
             self._log.close()
         self._close(outputs)
         return outputs
-
-    def _restore(self, changes: dict) -> None:
-        def fall_back(message: str) -> None:
-            self._console.warn(message)
-            self._log.event(0, "fallback", reason=message)
-
-        with self._trainer.strategy.scope():
-            step = self._checkpoints.restore_newest(fall_back)
-        for path, (before, now) in changes.items():
-            self._console.line(f"config.{path} was {before!r} and is {now!r} from here on")
-        if step is not None:
-            self._console.line(f"restored step {step} of {self._trainer.total_steps} from {self._folder.path}")
-            self._log.event(step, "resume", changes={path: list(pair) for path, pair in changes.items()})
 
     def _controller(self) -> tuple[orbit.Controller, StopOnSignal]:
         trainer, config = self._trainer, self._trainer.config
@@ -147,7 +165,7 @@ class _Run:
                 SaveCheckpoint(trainer, self._checkpoints, config.checkpoint.every_steps),
                 signals,
             ],
-            eval_actions=[LogMetrics(trainer, self._log, "eval")],
+            eval_actions=[LogMetrics(trainer, self._log, "eval"), signals],
         )
         return controller, signals
 

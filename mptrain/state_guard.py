@@ -39,8 +39,9 @@ class StateGuard(tf.Module):
             for index, saved in enumerate(self._saved):
                 before[index] = tf.where(starts, before[index], tf.convert_to_tensor(saved))
                 saved.assign(before[index])
+        own = [tf.identity(variable) for variable in self._statistics]
         applied = step()
-        after = _averaged(self._statistics) + [tf.identity(variable) for variable in self._local]
+        after = _averaged(self._statistics, own) + [tf.identity(variable) for variable in self._local]
         for variable, old, new in zip(variables, before, after, strict=True):
             variable.assign(tf.where(applied, new, old))
         return applied
@@ -56,13 +57,17 @@ def _copy(variable: tf.Variable) -> tf.Variable:
     )
 
 
-def _averaged(variables: list[tf.Variable]) -> list[tf.Tensor]:
-    """Returns the mean over the replicas of floating variables, and the others as they are."""
+def _averaged(variables: list[tf.Variable], before: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns what floating variables were plus the mean, over the replicas, of what the step added; others as they are.
+
+    The mean of the changes, not of the values: what did not change keeps its bits, where (x + x + x) / 3 need not be x.
+    """
     values = [tf.identity(variable) for variable in variables]
     floating = [index for index, value in enumerate(values) if value.dtype.is_floating]
     replica = tf.distribute.get_replica_context()
     if floating and replica.num_replicas_in_sync > 1:
-        means = replica.all_reduce(tf.distribute.ReduceOp.MEAN, [values[index] for index in floating])
+        changes = [values[index] - before[index] for index in floating]
+        means = replica.all_reduce(tf.distribute.ReduceOp.MEAN, changes)
         for index, mean in zip(floating, means, strict=True):
-            values[index] = mean
+            values[index] = before[index] + mean
     return values

@@ -49,7 +49,6 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.config = config
         self.strategy = strategy or devices.strategy(config.devices)
         self.precision = precision.get(config.precision.policy, config.precision.float32_layers)
-        self.kernels = precision.kernels(self.precision, config.train.jit_compile, self.strategy)
         self._position = None  # the step whose batch the open train iterator yields next
         data.per_replica(config.data.batch_size, self.strategy)
         self.train_source = self.build_source("train")
@@ -62,12 +61,14 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
                 self.model = self.build_model()
             self._create_variables()
             self.precision.hold_float32_layers(self.model)
+            self.uses_float16 = precision.uses_float16(self.precision, self.model)
+            self.kernels = precision.kernels(self.uses_float16, config.train.jit_compile, self.strategy)
             self.precision_warnings = precision.check(self.precision, self.model)
             self.optimizer = self.build_optimizer()
             self.optimizer.build(self.trainable_variables)
-            self.metrics = {"loss": keras.metrics.Mean("loss"), **self.build_metrics()}
+            self.metrics = {"loss": keras.metrics.Mean("loss"), **self._other_metrics()}
             metric_variables = [variable for metric in self.metrics.values() for variable in metric.variables]
-            self._guard = StateGuard(self.optimizer, self.model.non_trainable_variables, metric_variables)
+            self._guard = StateGuard(self.optimizer, keras_compat.statistics(self.model), metric_variables)
         self.randomness.bind(self.model)
         if type(self).replica_train_step is Trainer.replica_train_step:
             self._check_loss()
@@ -113,7 +114,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     def build_optimizer(self) -> LossScaleOptimizer:
         """Returns the optimizer; default: the one that `config.optimizer` describes."""
-        return optimizers.build(self.config, self.total_steps, self.precision)
+        return optimizers.build(self.config, self.total_steps, scaled=self.uses_float16)
 
     def replica_train_step(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Trains on one batch; runs in the graph, in each replica.
@@ -130,7 +131,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             inputs = self.precision.cast_to_compute(self.inputs(batch))
             outputs = self.model(inputs, training=True)
             outputs = self.precision.cast_to_output(outputs)  # float32 from here on
-            loss = self.reduce_loss(self.compute_loss(batch, outputs))
+            loss = self.reduce_loss(self.compute_loss(batch, outputs)) + self.regularization_loss()
             scaled_loss = self.optimizer.get_scaled_loss(loss)
         scaled_gradients = tape.gradient(scaled_loss, self.trainable_variables)
         gradients = self.optimizer.get_unscaled_gradients(scaled_gradients)
@@ -142,20 +143,25 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         """Evaluates one batch; runs in the graph, in each replica. Examples of weight 0 are padding and do not count."""
         inputs = self.precision.cast_to_compute(self.inputs(batch))
         outputs = self.precision.cast_to_output(self.model(inputs, training=False))
-        losses = self._per_example(self.compute_loss(batch, outputs))
-        self.metrics["loss"].update_state(losses, sample_weight=batch["weight"])
-        self._update_other_metrics(batch, outputs)
+        self.update_metrics(batch, outputs, self._per_example(self.compute_loss(batch, outputs)))
 
     def update_metrics(self, batch: Mapping[str, tf.Tensor], outputs, loss: tf.Tensor) -> None:
-        """Updates the training metrics; runs in each replica.
+        """Updates the metrics; runs in each replica, in training and in evaluation.
 
         Args:
-            batch: this replica's share of the global batch.
+            batch: this replica's share of the global batch; in evaluation with "weight", float32 [replica batch].
             outputs: the model's outputs, float32.
-            loss: what `reduce_loss` returned: this replica's share of the mean over the global batch.
+            loss: in training this replica's share of the global batch's loss, a scalar; in evaluation the loss of each
+                example, [replica batch].
         """
-        self.metrics["loss"].update_state(loss * self.strategy.num_replicas_in_sync)
-        self._update_other_metrics(batch, outputs)
+        weight = batch.get("weight")
+        if loss.shape.rank == 0:
+            self.metrics["loss"].update_state(loss * self.strategy.num_replicas_in_sync)
+        else:
+            self.metrics["loss"].update_state(loss, sample_weight=weight)
+        for name, metric in self.metrics.items():
+            if name != "loss":
+                metric.update_state(batch["targets"], outputs, sample_weight=weight)
 
     # What a researcher calls.
 
@@ -166,6 +172,11 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             losses: the loss of each example of this replica, [replica batch, ...].
         """
         return tf.reduce_sum(self._per_example(losses)) / self.config.data.batch_size
+
+    def regularization_loss(self) -> tf.Tensor:
+        """Returns this replica's share of what the model's regularizers and `add_loss` ask for, float32 scalar; or 0."""
+        losses = getattr(self.model, "losses", None) or [0.0]
+        return tf.add_n([tf.cast(loss, tf.float32) for loss in losses]) / self.strategy.num_replicas_in_sync
 
     @property
     def trainable_variables(self) -> list:
@@ -260,6 +271,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     def _create_variables(self) -> None:
         """Calls a model that has no variables yet on one example, as a subclassed Keras model needs."""
+        if not callable(self.model):
+            raise InputError(f"{type(self).__name__}.build_model() returns {self.model!r}: return the model")
         if not getattr(self.model, "built", True):
             example = {name: tf.constant(array[:1]) for name, array in self.train_source.arrays.items()}
             self.model(self.precision.cast_to_compute(self.inputs(example)), training=False)
@@ -278,7 +291,11 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             outputs = self.precision.cast_to_output(self.model(inputs, training=False))
             what = f"what {type(self).__name__}.model returns"
             precision.check_is_float32(what, outputs, "give its last layer dtype='float32'")
-            return self._per_example(self.compute_loss(batch, outputs))
+            losses = self._per_example(self.compute_loss(batch, outputs))
+            if losses.shape.rank is not None and losses.shape[:1] != [2]:
+                raise InputError(
+                    f"{type(self).__name__}.compute_loss() returns {losses.shape[0]} losses for 2 examples: return one for each"
+                )
 
         arrays = self.train_source.arrays
         batch = {name: tf.TensorSpec([2, *array.shape[1:]], array.dtype) for name, array in arrays.items()}
@@ -305,6 +322,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     def _per_example(self, losses: tf.Tensor) -> tf.Tensor:
         name = f"{type(self).__name__}.compute_loss()"
+        if not tf.is_tensor(losses):
+            raise InputError(f"{name} returns {losses!r}: return one tensor, the loss of each example")
         precision.check_is_float32(f"what {name} returns", losses, "compute the loss from the outputs, which are float32")
         losses = tf.cast(losses, tf.float32)
         if losses.shape.rank == 0:
@@ -314,14 +333,21 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             )
         return tf.reduce_mean(losses, axis=list(range(1, losses.shape.rank)))
 
-    def _update_other_metrics(self, batch: Mapping[str, tf.Tensor], outputs) -> None:
-        for name, metric in self.metrics.items():
-            if name != "loss":
-                metric.update_state(batch["targets"], outputs, sample_weight=batch.get("weight"))
+    def _other_metrics(self) -> dict[str, keras.metrics.Metric]:
+        metrics = self.build_metrics()
+        if "loss" in metrics:
+            raise InputError(f"{type(self).__name__}.build_metrics() returns a metric 'loss': give it another name")
+        return metrics
 
     def _reset_metrics(self) -> None:
         for metric in self.metrics.values():
             metric.reset_state()
 
     def _metric_results(self) -> dict[str, float]:
-        return {name: float(metric.result()) for name, metric in self.metrics.items()}
+        results = {name: tf.convert_to_tensor(metric.result()) for name, metric in self.metrics.items()}
+        for name, result in results.items():
+            if result.shape.rank != 0:
+                raise InputError(
+                    f"metric {name!r} has the shape {result.shape}: give it a scalar result, as average='macro' does"
+                )
+        return {name: float(result) for name, result in results.items()}

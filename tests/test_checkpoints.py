@@ -41,8 +41,8 @@ def test_only_the_newest_are_kept(saved):
 
 
 def test_half_written_checkpoint_is_invisible_and_replaced(saved):
-    (saved.directory / ".writing-ckpt-4").mkdir()
-    (saved.directory / ".writing-ckpt-4" / "state.index").write_bytes(b"half")
+    (saved.directory / ".temporary-ckpt-4").mkdir()
+    (saved.directory / ".temporary-ckpt-4" / "state.index").write_bytes(b"half")
     assert saved.steps() == [1, 2, 3]
     saved.save(4)
     assert restored(saved)[0] == 4

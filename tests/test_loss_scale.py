@@ -228,6 +228,7 @@ def test_strategy_whose_replicas_do_not_step_together_is_refused():
         ("hysteresis", 0),
         ("initial_scale", 0.0),
         ("initial_scale", np.inf),
+        ("initial_scale", 1e39),
         ("initial_scale", 2.0**30),
         ("clip_norm", 0.0),
     ],
@@ -452,3 +453,23 @@ def test_tf_train_checkpoint_holds_all_state_and_brings_it_back(tmp_path):
     tf.train.Checkpoint(optimizer=second[1], variable=second[0]).restore(path).assert_consumed()
     for left, right in zip(first[1].state.values(), second[1].state.values(), strict=True):
         np.testing.assert_array_equal(left.numpy(), right.numpy())
+
+
+@pytest.mark.parametrize("home", [keras.optimizers, tf_keras.optimizers, tf_keras.optimizers.legacy])
+def test_rows_that_stand_twice_are_updated_once_by_their_sum(home):
+    """Keras 3's own optimizers apply such rows one after another, which for Adam is another update."""
+    sparse = tf.IndexedSlices(tf.ones([3, 1]), tf.constant([1, 1, 2]), tf.constant([4, 1]))
+    dense, results = tf.constant([[0.0], [2.0], [1.0], [0.0]]), []
+    for gradient in (sparse, dense):
+        variable = tf.Variable(tf.zeros([4, 1]))
+        optimizer = LossScaleOptimizer(home.Adam(0.1))
+        optimizer.apply_gradients([(gradient, variable)])
+        results.append(variable.numpy())
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_float64_variables_are_updated_in_float64(inner):
+    variable = tf.Variable([1.0, 2.0], dtype=tf.float64)
+    assert LossScaleOptimizer(INNER[inner]()).apply_gradients([(tf.constant([0.5, 0.5]), variable)])
+    assert (variable.numpy() < [1.0, 2.0]).all()

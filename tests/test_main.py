@@ -63,7 +63,10 @@ def assert_same_checkpoint(left, right, step):
         np.testing.assert_array_equal(value, right[name], err_msg=name)
 
 
-@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "precision",
+    ["mixed_float16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixed_bfloat16", "float32"))],
+)
 def test_main_job_learns_mnist_in_a_few_steps(command, tmp_path, precision):
     finished = command(
         "--config=configs/mnist.py",
@@ -86,7 +89,7 @@ def test_run_folder_holds_what_the_design_promises(command, tiny, tmp_path):
     assert finished.returncode == 0, finished.stderr
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "precision_plan.txt", "metrics.jsonl", "train", "eval", "checkpoints"}
+    assert names == {".lock", "config.json", "precision_plan.txt", "metrics.jsonl", "train", "eval", "checkpoints"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"ckpt-260", "ckpt-280", "ckpt-300"}
     content = json.loads((folder / "config.json").read_text())
     assert content["config"]["train.steps"] == 300
@@ -106,6 +109,7 @@ def test_every_line_appears_once_and_tensorflow_is_silent(command, tiny, tmp_pat
         assert noise not in finished.stdout + finished.stderr
 
 
+@pytest.mark.slow
 def test_verbosity_1_brings_the_logs_back(command, tiny, tmp_path):
     finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--verbosity=1")
     assert "train | step:" in finished.stderr
@@ -120,6 +124,7 @@ def test_finished_run_is_evaluated_and_says_so(command, tiny, tmp_path):
     assert line.split("  in ")[0] in second.stdout
 
 
+@pytest.mark.slow
 def test_mode_eval_evaluates_the_newest_checkpoint_and_trains_nothing(command, tiny, tmp_path):
     command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--mode=train")
     finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--mode=eval")
@@ -128,9 +133,9 @@ def test_mode_eval_evaluates_the_newest_checkpoint_and_trains_nothing(command, t
     assert [row["step"] for row in rows(tmp_path / "run", split="eval")] == [300]
 
 
-def start(tiny, workdir, *flags):
-    """Starts a run and returns its process once the first checkpoint is there."""
-    process = subprocess.Popen(
+def launch(tiny, workdir, *flags):
+    """Starts a run and returns its process."""
+    return subprocess.Popen(
         [sys.executable, "-m", "mptrain.main", f"--config={tiny}", f"--workdir={workdir}", *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -138,6 +143,11 @@ def start(tiny, workdir, *flags):
         text=True,
         env={**os.environ, "COLUMNS": "120"},
     )
+
+
+def start(tiny, workdir, *flags):
+    """Starts a run and returns its process once the first checkpoint is there."""
+    process = launch(tiny, workdir, *flags)
     checkpoints = Checkpoints(workdir / "checkpoints", {}, keep=1)
     while not checkpoints.steps() and process.poll() is None:
         time.sleep(0.005)
@@ -203,6 +213,17 @@ BAD_FLAGS = {
     ),
     "unknown optimizer": (["--config.optimizer.name=adagrda"], "did you mean 'adagrad'?"),
     "eval of nothing": (["--mode=eval"], "holds no checkpoint"),
+    "a space for an equals sign": (
+        ["--config.train.step", "3"],
+        "unknown config field 'train.step': did you mean 'train.steps'?",
+    ),
+    "a group": (["--config.train=5"], "--config.train is a group of fields"),
+    "unknown model field": (["--config.model.width=3"], "unknown config field 'model.width'"),
+    "odd trainer": (["--config.trainer=.foo"], "config.trainer is '.foo'"),
+    "missing model field": (
+        ["--config.trainer=experiments.mnist.MnistTrainer", "--config.data.name=mnist"],
+        "reads the config field 'dropout', which is not there: set it in config.model",
+    ),
 }
 
 
@@ -236,6 +257,9 @@ BAD_FILES = {
     "syntax": ("def get_config(:\n", "line 1"),
     "no get_config": ("x = 1\n", "get_config"),
     "import": ("import no_such_module\n", "no_such_module"),
+    "returns nothing": ("def get_config():\n    pass\n", "returns None: end it with `return config`"),
+    "returns a number": ("def get_config():\n    return 5\n", "returns 5: end it with"),
+    "raises": ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
 }
 
 
@@ -260,6 +284,7 @@ def test_workdir_of_another_run_is_refused_and_left_as_it_was(command, tiny, tmp
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_longer_run_in_the_same_folder_goes_on_and_says_so(command, tiny, tmp_path):
     command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=20")
     finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=40")
@@ -286,3 +311,58 @@ def test_folder_that_cannot_be_used_is_refused(command, tiny, tmp_path, kind):
     assert len(finished.stderr.strip().splitlines()) == 1
     assert "Traceback" not in finished.stderr
     assert str(workdir) in finished.stderr
+
+
+LONG_LOOPS = (
+    "--config.train.steps_per_loop=100000",
+    "--config.checkpoint.every_steps=100000",
+    "--config.eval.every_steps=100000",
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_stops_at_once(tiny, tmp_path, number):
+    process = launch(tiny, tmp_path / "run", "--config.train.steps=200000", *LONG_LOOPS)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(3)  # into the first loop, which takes a minute
+    process.send_signal(number)
+    time.sleep(0.2)
+    process.send_signal(number)
+    begin = time.time()
+    _, stderr = process.communicate(timeout=60)
+    assert time.time() - begin < 1
+    assert process.returncode == 128 + number
+    assert "a second one stops at once" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_ctrl_c_before_the_run_is_one_line(tiny, tmp_path):
+    process = launch(tiny, tmp_path / "run")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip() == "mptrain: interrupted"
+
+
+def test_second_process_in_the_same_folder_is_refused_by_the_firsts_name(command, tiny, tmp_path):
+    first = start(tiny, tmp_path / "run", "--config.train.steps=1000000")
+    finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1000000")
+    first.kill()
+    first.communicate(timeout=60)
+    assert_refused(finished, f"is in use by process {first.pid} on ")
+
+
+def test_damaged_checkpoint_is_put_aside_and_its_step_saved_again(command, tiny, tmp_path):
+    flags = [f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=40"]
+    command(*flags)
+    data = tmp_path / "run" / "checkpoints" / "ckpt-40" / "state.data-00000-of-00001"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:10])
+    finished = command(*flags)
+    assert "ckpt-40 is damaged, passed over and put aside" in finished.stderr
+    assert "restored step 20 of 40" in finished.stdout
+    assert data.read_bytes() == whole
+    assert len(rows(tmp_path / "run", event="fallback")) == 1
+    assert [row["step"] for row in rows(tmp_path / "run", split="train")] == [10, 20, 30, 40]

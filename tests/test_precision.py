@@ -149,8 +149,8 @@ def test_layer_that_casts_back_silently_is_named_until_it_is_asked_for(config):
 
 def test_no_float16_run_on_a_cpu_takes_the_slow_kernels(mirrored):
     for replicas in (1, 2):
-        chosen = precision.kernels(precision.get("mixed_float16"), "auto", mirrored(replicas))
+        chosen = precision.kernels(True, "auto", mirrored(replicas))
         assert chosen.widen
         assert not chosen.jit_compile
-        assert precision.kernels(precision.get("mixed_float16"), False, mirrored(replicas)).widen
-    assert not precision.kernels(precision.get("mixed_bfloat16"), "auto", mirrored(1)).widen
+        assert precision.kernels(True, False, mirrored(replicas)).widen
+    assert not precision.kernels(False, "auto", mirrored(1)).widen

@@ -3,7 +3,8 @@ import pytest
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mptrain import InputError, Trainer, data
+from mptrain import InputError, Trainer, data, precision
+from mptrain.checkpoints import Checkpoints
 from mptrain.runner import build_trainer
 from tests import trainers
 
@@ -211,3 +212,60 @@ def test_evaluation_uses_the_averaged_weights_and_leaves_the_own_ones(config):
     assert_same_bits(before, values(trainer))
     trainer.optimizer._average = None
     assert trainer.evaluate(tf.constant(trainer.eval_steps))["loss"] != with_average
+
+
+def test_frozen_weights_keep_their_bits_on_three_replicas(config, mirrored):
+    trainer = trainers.FrozenTrainer(config, mirrored(3))
+    before = values(trainer)
+    train(trainer, 10)
+    frozen = [path for path in before if "conv2d" in path and path.startswith("model/")]
+    assert len(frozen) == 2
+    for path in frozen:
+        np.testing.assert_array_equal(before[path], values(trainer)[path])
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_regularizers_count(config, mirrored, replicas):
+    config.precision.policy = "float32"
+    losses = {}
+    for strength in (0.0, 1.0):
+        config.model = ConfigDict({"strength": strength})
+        trainer = trainers.RegularizedTrainer(config, mirrored(replicas))
+        penalty = strength * float(tf.reduce_sum(trainer.model.trainable_variables[0].value ** 2))
+        losses[strength] = train(trainer, 1)["loss"]
+    assert losses[1.0] == pytest.approx(losses[0.0] + penalty, rel=1e-5)
+
+
+def test_dropout_draws_anew_in_each_turn_of_a_graph_loop(config):
+    trainer = trainers.LoopDropoutTrainer(config)
+    train(trainer, 1)
+    first = trainer.masks.numpy()
+    assert 0.3 < np.mean(first[0] == first[1]) < 0.7
+    assert 0.3 < np.mean(first[0] == first[2]) < 0.7
+    train(trainer, 1)
+    assert 0.3 < np.mean(first[0] == trainer.masks.numpy()[0]) < 0.7
+
+
+@pytest.mark.parametrize("kind", [trainers.TinyTrainer, trainers.TfKerasTrainer])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_state_brought_into_a_new_trainer_goes_on_with_the_same_bits(config, mirrored, tmp_path, kind, replicas):
+    config.optimizer.ema_momentum = 0.9
+    straight, first, second = (kind(config, mirrored(replicas)) for _ in range(3))
+    train(straight, 6)
+    train(first, 4)
+    Checkpoints(tmp_path, first.state, keep=1).save(4)
+    assert Checkpoints(tmp_path, second.state, keep=1).restore_newest(print) == 4
+    train(second, 2)
+    assert_same_bits(values(straight), values(second))
+
+
+def test_native_float16_layers_get_their_loss_scaled(config):
+    class Native(trainers.TinyTrainer):
+        def build_model(self):
+            with precision.get("mixed_float16").scope():
+                return super().build_model()
+
+    config.precision.policy = "native"
+    trainer = Native(config)
+    assert float(trainer.optimizer.loss_scale) == 2.0**10
+    assert trainer.kernels.widen

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import tensorflow as tf
+import tf_keras
 
 import mptrain
 from mptrain.data import Source
@@ -84,3 +85,56 @@ class TinyModule(tf.Module):
     def __call__(self, x, training=False):
         x = tf.reshape(x, [-1, 36])
         return x @ tf.cast(self.w, x.dtype) + tf.cast(self.b, x.dtype)
+
+
+class FrozenTrainer(TinyTrainer):
+    """A frozen convolution before the layers that learn."""
+
+    def build_model(self):
+        model = super().build_model()
+        model.layers[0].trainable = False
+        return model
+
+
+class RegularizedTrainer(ModuleTrainer):
+    """Dense layer with an L2 regularizer of strength `config.model.strength`."""
+
+    def build_model(self):
+        penalty = keras.regularizers.L2(self.config.model.strength)
+        dense = keras.layers.Dense(3, kernel_regularizer=penalty, dtype="float32")
+        return keras.Sequential([keras.Input((6, 6, 1)), keras.layers.Flatten(), dense])
+
+
+class LoopDropoutTrainer(TinyTrainer):
+    """Draws three masks in a graph loop, and keeps them in a variable."""
+
+    def build_model(self):
+        self.masks = tf.Variable(tf.zeros([3, 100]), trainable=False)
+        self.dropout = keras.layers.Dropout(0.5)
+        model = super().build_model()
+        model.loop_dropout = self.dropout
+        return model
+
+    def augment(self, batch):
+        masks = tf.TensorArray(tf.float32, 3)
+        for i in tf.range(3):
+            masks = masks.write(i, tf.cast(self.dropout(tf.ones([100]), training=True), tf.float32))
+        self.masks.assign(masks.stack())
+        return batch
+
+
+class TfKerasTrainer(TinyTrainer):
+    """TinyTrainer's model in tf_keras."""
+
+    def build_model(self):
+        layers = tf_keras.layers
+        return tf_keras.Sequential(
+            [
+                layers.InputLayer((6, 6, 1)),
+                layers.Conv2D(4, 3, activation="relu"),
+                layers.BatchNormalization(),
+                layers.Flatten(),
+                layers.Dropout(0.2),
+                layers.Dense(3, dtype="float32"),
+            ]
+        )

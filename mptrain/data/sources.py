@@ -13,8 +13,6 @@ from ml_collections import ConfigDict
 
 from mptrain.errors import InputError
 
-SPLITS = ("train", "eval")
-
 _MNIST = pathlib.Path(__file__).parent / "mnist"
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
