@@ -346,6 +346,24 @@ def test_ctrl_c_before_the_run_is_one_line(tiny, tmp_path):
     assert stderr.strip() == "mptrain: interrupted"
 
 
+def test_run_that_always_overflows_ends_with_status_1_and_the_layer(command, tmp_path):
+    path = tmp_path / "overflow.py"
+    change = "config.trainer = 'tests.trainers.PoisonedTrainer'\n    config.loss_scale.max_consecutive_skips = 20"
+    model = "\n    config.model = {'poisoned_steps': list(range(300)), 'poisoned_replica': 0}"
+    path.write_text(CHANGED.format(change=change + model))
+    finished = command(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert finished.returncode == 1
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("mptrain: ")]
+    assert "20 updates in a row were skipped" in line
+    assert "the loss itself is not finite" in line
+    assert "First layer: sequential/conv2d" in line
+    events = rows(tmp_path / "run", event="overflow")
+    assert [event["step"] for event in events] == list(range(20))
+    assert events[1]["loss_scale"] == 2.0**9
+    assert events[0]["layer"] == "sequential/conv2d"
+    assert "sequential/dense/bias" in events[0]["variables"]
+
+
 def test_second_process_in_the_same_folder_is_refused_by_the_firsts_name(command, tiny, tmp_path):
     first = start(tiny, tmp_path / "run", "--config.train.steps=1000000")
     finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1000000")

@@ -1,9 +1,10 @@
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mptrain import InputError, Trainer, data, precision
+from mptrain import InputError, LossScaleOptimizer, Trainer, data, precision
 from mptrain.checkpoints import Checkpoints
 from mptrain.runner import build_trainer
 from tests import trainers
@@ -269,3 +270,62 @@ def test_native_float16_layers_get_their_loss_scaled(config):
     trainer = Native(config)
     assert float(trainer.optimizer.loss_scale) == 2.0**10
     assert trainer.kernels.widen
+
+
+def poisoned_loop(config, strategy, replica, poison):
+    """Six steps in one loop, of which 1, 3 and 4 meet `poison` on one replica."""
+    config.model = ConfigDict({"poisoned_steps": [1, 3, 4], "poisoned_replica": replica, "poison": poison})
+    trainer = trainers.PoisonedTrainer(config, strategy)
+    trainer.train(tf.constant(6))
+    return trainer
+
+
+def healthy_steps(config, strategy):
+    """The steps 0, 2 and 5 alone, with metrics that run through."""
+    config.model = ConfigDict({"poisoned_steps": [-1], "poisoned_replica": 0, "poison": 0.0})
+    trainer = trainers.PoisonedTrainer(config, strategy)
+    for step in (0, 2, 5):
+        trainer.global_step.assign(step)
+        trainer.train(tf.constant(1))
+        trainer._reset_metrics = lambda: None
+    return trainer
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+@pytest.mark.parametrize("poison", [np.inf, np.nan])
+def test_loop_with_overflows_ends_with_the_bits_of_a_run_without_those_steps(config, mirrored, replicas, poison):
+    config.loss_scale.dynamic = False  # another scale would round float16 gradients elsewhere
+    config.optimizer.ema_momentum = 0.9
+    expected = healthy_steps(config, mirrored(replicas))
+    for replica in range(replicas):
+        trainer = poisoned_loop(config, mirrored(replicas), replica, poison)
+        counters = ("/skipped_steps", "/consecutive_skips")
+        assert_same_bits(values(expected), values(trainer), but=counters)
+        metrics = [[float(metric.result()) for metric in t.metrics.values()] for t in (expected, trainer)]
+        assert metrics[0] == metrics[1]
+        assert [skip.update for skip in trainer.optimizer.skips(0, 3)] == [1, 3, 4]
+        assert not any(skip.loss_finite for skip in trainer.optimizer.skips(0, 3))
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4])
+def test_forward_and_backward_compiled_by_xla_and_applied_outside(mirrored, replicas):
+    strategy = mirrored(replicas)
+    with strategy.scope():
+        variable = tf.Variable([1.0, 2.0])
+        optimizer = LossScaleOptimizer(keras.optimizers.SGD(1.0))
+        optimizer.build([variable])
+
+    @tf.function(jit_compile=True)
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            scaled = optimizer.get_scaled_loss(tf.reduce_sum(tf.cast(variable, tf.float16) * tf.cast(x, tf.float16)) / replicas)
+        return optimizer.get_unscaled_gradients(tape.gradient(scaled, [variable]))
+
+    @tf.function
+    def loop(xs):
+        for x in xs:
+            strategy.run(lambda x: optimizer.apply_gradients(zip(gradients(x), [variable], strict=True)), args=(x,))
+
+    loop(tf.constant([0.5, np.inf, 0.25]))
+    np.testing.assert_allclose(variable.numpy(), [0.25, 1.25], rtol=1e-3)
+    assert [(skip.update, skip.loss_finite) for skip in optimizer.skips(0, 1)] == [(1, False)]

@@ -49,7 +49,7 @@ class PoisonedTrainer(TinyTrainer):
         poisoned = tf.reduce_any(tf.constant(self.config.model.poisoned_steps, tf.int64) == self.global_step)
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         here = tf.logical_and(poisoned, tf.equal(replica, self.config.model.poisoned_replica))
-        return inputs * tf.where(here, np.inf, 1.0)
+        return inputs * tf.where(here, self.config.model.get("poison", np.inf), 1.0)
 
 
 class ScalarLossTrainer(TinyTrainer):
