@@ -262,7 +262,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     def eval_step(self, iterator) -> None:
         """Evaluates one global batch in every replica; cross-replica context, in the graph."""
-        self.strategy.run(self.replica_eval_step, args=(next(iterator),))
+        batch = next(iterator)
+        self.strategy.run(lambda batch: self.replica_eval_step(data.replica_share(batch, self.strategy)), args=(batch,))
 
     def eval_end(self) -> dict[str, float]:
         return self._metric_results()
@@ -309,6 +310,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     def _guarded_step(self, batch: Mapping[str, tf.Tensor]) -> None:
         """Runs `replica_train_step`, and puts back what a skipped one did to statistics and metrics."""
         self.randomness.begin_step()
+        batch = data.replica_share(batch, self.strategy)
         self._guard(lambda: self._checked_step(batch))
 
     def _checked_step(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:

@@ -3,10 +3,11 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import InputError
-from mptrain.data import Source, eval_dataset, eval_steps, load, sources, train_dataset
+from mptrain.data import Source, eval_dataset, eval_steps, load, replica_share, sources, train_dataset
 
 
 def group(name="idx", folder=""):
@@ -148,7 +149,18 @@ def test_arrays_of_different_lengths_are_refused():
         Source({"inputs": np.zeros(3), "targets": np.zeros(2)})
 
 
-def test_batches_have_static_shapes(mirrored):
-    dataset = train_dataset(numbers(10), batch_size=4, seed=0, start_step=0, strategy=mirrored(2))
-    (batch,) = dataset.element_spec.values()
-    assert [spec.shape.as_list() for spec in batch._component_specs] == [[2], [2]]
+def test_replicas_share_a_batch_evenly_with_static_shapes(mirrored):
+    strategy = mirrored(3)
+    dataset = train_dataset(numbers(100), batch_size=12, seed=0, start_step=0, strategy=strategy)
+
+    @tf.function
+    def shares(batch):
+        def share(batch):
+            mine = replica_share(batch, strategy)["inputs"]
+            assert mine.shape == [4]
+            return mine
+
+        return strategy.experimental_local_results(strategy.run(share, args=(batch,)))
+
+    batch = next(iter(dataset))
+    np.testing.assert_array_equal(np.concatenate([part.numpy() for part in shares(batch)]), batch["inputs"].numpy())

@@ -5,7 +5,8 @@ Example i of the endless training stream belongs to epoch i // n, and each epoch
 [s * batch_size, (s + 1) * batch_size). At an epoch's seam a batch holds the last examples of one epoch and the first of the
 next; none is dropped and none is repeated within its epoch.
 
-Every replica takes its slice of the global batch by index arithmetic, so the order does not depend on their number.
+Every worker takes its slice of the global batch by index arithmetic, and every replica its slice of that, so the order does
+not depend on their number.
 """
 
 import math
@@ -24,7 +25,7 @@ _END = 2**62  # steps: without end
 def train_dataset(
     source: Source, *, batch_size: int, seed: int, start_step: int, strategy: tf.distribute.Strategy
 ) -> tf.data.Dataset:
-    """Returns the endless training batches from `start_step` on, distributed over the strategy's replicas.
+    """Returns the endless training batches from `start_step` on, for the replicas of this worker.
 
     Args:
         source: the examples.
@@ -34,7 +35,7 @@ def train_dataset(
         strategy: its replicas share each global batch evenly.
 
     Returns:
-        A dataset of dicts of tensors [batch_size / replicas, ...], distributed.
+        A dataset of dicts of tensors [batch_size / workers, ...]; `replica_share` cuts them up.
 
     Raises:
         InputError: if the batch size is not divisible by the number of replicas.
@@ -42,11 +43,11 @@ def train_dataset(
     share = per_replica(batch_size, strategy)
     examples = len(source)
 
-    def batch(tables, step, shard):
-        position = step * batch_size + shard * share + tf.range(share, dtype=tf.int64)
+    def batch(tables, step, first, local):
+        position = step * batch_size + first * share + tf.range(local * share, dtype=tf.int64)
         return _gather(tables, _shuffled(position % examples, position // examples, seed, examples))
 
-    return _distribute(source, batch, start_step, _END, strategy)
+    return _dataset(source, batch, start_step, _END, strategy)
 
 
 def eval_dataset(source: Source, *, batch_size: int, strategy: tf.distribute.Strategy) -> tf.data.Dataset:
@@ -58,21 +59,21 @@ def eval_dataset(source: Source, *, batch_size: int, strategy: tf.distribute.Str
         strategy: its replicas share each global batch, as evenly as it goes.
 
     Returns:
-        A dataset of `eval_steps(source, batch_size)` dicts of tensors [batch_size / replicas, ...] (rounded up),
-        distributed, with "weight" beside the source's own.
+        A dataset of `eval_steps(source, batch_size)` dicts of tensors [batch_size / workers, ...] (rounded up to a
+        multiple of the replicas), with "weight" beside the source's own; `replica_share` cuts them up.
     """
     share = math.ceil(batch_size / strategy.num_replicas_in_sync)
     examples = len(source)
 
-    def batch(tables, step, shard):
-        position = step * batch_size + shard * share + tf.range(share, dtype=tf.int64)
+    def batch(tables, step, first, local):
+        position = step * batch_size + first * share + tf.range(local * share, dtype=tf.int64)
         last = tf.minimum(
             tf.constant(examples, tf.int64), (step + 1) * batch_size
         )  # a share rounded up reaches into the next batch
         real = tf.cast(position < last, tf.float32)
         return _gather(tables, tf.minimum(position, examples - 1)) | {"weight": real}
 
-    return _distribute(source, batch, 0, eval_steps(source, batch_size), strategy)
+    return _dataset(source, batch, 0, eval_steps(source, batch_size), strategy)
 
 
 def eval_steps(source: Source, batch_size: int) -> int:
@@ -112,19 +113,36 @@ def _gather(tables: dict, index: tf.Tensor) -> dict:
     return {name: tf.gather(table, index) for name, table in tables.items()}
 
 
-def _distribute(source: Source, batch, start: int, end: int, strategy: tf.distribute.Strategy) -> tf.data.Dataset:
-    """Element k of a worker's dataset is the batch of step k // its replicas for its replica k % its replicas."""
+def _dataset(source: Source, batch, start: int, end: int, strategy: tf.distribute.Strategy) -> tf.data.Dataset:
+    """Maps the numbers of steps to this worker's batches.
+
+    A plain dataset, not a distributed one: the iterators of the latter hold a tuning thread that TensorFlow waits for, up to
+    a minute, whenever one of them goes.
+    """
     with tf.device("CPU:0"):
         tables = {name: tf.constant(array) for name, array in source.arrays.items()}
+    local = len(strategy.extended.worker_devices)
+    first = _worker(strategy) * local
+    options = tf.data.Options()
+    options.autotune.enabled = False  # the same thread; and there is nothing to tune
+    steps = tf.data.Dataset.range(start, end)
+    return steps.map(lambda step: batch(tables, step, first, local), num_parallel_calls=1).prefetch(4).with_options(options)
 
-    def dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        local = context.num_replicas_in_sync // context.num_input_pipelines
-        first = context.input_pipeline_id * local
 
-        def element(number):
-            return batch(tables, number // local, first + number % local)
+def _worker(strategy: tf.distribute.Strategy) -> int:
+    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return strategy.cluster_resolver.task_id or 0 if several else 0
 
-        elements = tf.data.Dataset.range(start * local, min(end, _END // local) * local)
-        return elements.map(element, num_parallel_calls=1).prefetch(4 * local)
 
-    return strategy.distribute_datasets_from_function(dataset)
+def replica_share(batch: dict, strategy: tf.distribute.Strategy) -> dict:
+    """Returns this replica's share of its worker's batch; in a replica."""
+    local = len(strategy.extended.worker_devices)
+    if local == 1:
+        return batch
+    index = tf.distribute.get_replica_context().replica_id_in_sync_group % local
+
+    def share(value):
+        size = value.shape[0] // local
+        return tf.ensure_shape(value[index * size : (index + 1) * size], [size, *value.shape[1:]])
+
+    return tf.nest.map_structure(share, batch)
