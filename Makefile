@@ -1,5 +1,5 @@
 # make train [ARGS="--config.train.steps=200"]   sets up .venv and trains MNIST
-# make test | make test-fast                     all tests | those that take under 30 seconds each
+# make test | make test-fast                     all tests | without the slow ones
 # make lint                                      ruff
 PYTHON ?= python3
 CONFIG ?= configs/mnist.py

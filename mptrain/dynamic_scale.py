@@ -40,9 +40,9 @@ class DynamicScale(tf.Module):
             raise ValueError(f"backoff_factor is {backoff_factor}: it must lie between 0 and 1")
         if growth_interval < 1 or hysteresis < 1:
             raise ValueError(f"growth_interval is {growth_interval}, hysteresis is {hysteresis}: each must be at least 1")
-        if not 0 < initial_scale <= tf.float32.max:
+        if not 0 < initial_scale <= float(tf.float32.max):
             raise ValueError(f"initial_scale is {initial_scale}: it must be a number above 0 that float32 can hold")
-        if dynamic and not 0 < min_scale <= initial_scale <= max_scale <= tf.float32.max:
+        if dynamic and not 0 < min_scale <= initial_scale <= max_scale <= float(tf.float32.max):
             raise ValueError(f"initial_scale is {initial_scale}: it must lie between min_scale {min_scale} and {max_scale}")
         self.dynamic = dynamic
         self.growth_interval = growth_interval

@@ -101,6 +101,7 @@ def test_run_folder_holds_what_the_design_promises(command, tiny, tmp_path):
     assert [row["step"] for row in rows(folder, split="eval")] == [100, 200, 300]
 
 
+@pytest.mark.slow
 def test_every_line_appears_once_and_tensorflow_is_silent(command, tiny, tmp_path):
     finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
     lines = [line for line in (finished.stdout + finished.stderr).splitlines() if line.strip()]
@@ -115,6 +116,7 @@ def test_verbosity_1_brings_the_logs_back(command, tiny, tmp_path):
     assert "train | step:" in finished.stderr
 
 
+@pytest.mark.slow
 def test_finished_run_is_evaluated_and_says_so(command, tiny, tmp_path):
     first = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
     second = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
@@ -276,6 +278,7 @@ def test_no_config_at_all_is_refused(command):
     assert_refused(command(), "no config given: write --config=FILE")
 
 
+@pytest.mark.slow
 def test_workdir_of_another_run_is_refused_and_left_as_it_was(command, tiny, tmp_path):
     command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=20")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -320,6 +323,7 @@ LONG_LOOPS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_stops_at_once(tiny, tmp_path, number):
     process = launch(tiny, tmp_path / "run", "--config.train.steps=200000", *LONG_LOOPS)
@@ -346,6 +350,7 @@ def test_ctrl_c_before_the_run_is_one_line(tiny, tmp_path):
     assert stderr.strip() == "mptrain: interrupted"
 
 
+@pytest.mark.slow
 def test_run_that_always_overflows_ends_with_status_1_and_the_layer(command, tmp_path):
     path = tmp_path / "overflow.py"
     change = "config.trainer = 'tests.trainers.PoisonedTrainer'\n    config.loss_scale.max_consecutive_skips = 20"
@@ -364,6 +369,7 @@ def test_run_that_always_overflows_ends_with_status_1_and_the_layer(command, tmp
     assert "sequential/dense/bias" in events[0]["variables"]
 
 
+@pytest.mark.slow
 def test_second_process_in_the_same_folder_is_refused_by_the_firsts_name(command, tiny, tmp_path):
     first = start(tiny, tmp_path / "run", "--config.train.steps=1000000")
     finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1000000")
@@ -372,6 +378,7 @@ def test_second_process_in_the_same_folder_is_refused_by_the_firsts_name(command
     assert_refused(finished, f"is in use by process {first.pid} on ")
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_put_aside_and_its_step_saved_again(command, tiny, tmp_path):
     flags = [f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=40"]
     command(*flags)

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_own_trainer_of_the_readme_is_short_and_learns(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.splitlines()) < 40
@@ -50,6 +51,7 @@ def make(checkout, *arguments):
     return subprocess.run(["make", *up_to_date, *arguments], cwd=checkout, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_make_train_passes_flags_and_trains(checkout):
     (flags,) = re.findall(r'`make train ARGS="(--config.train.steps=\d+)"`', README)
     finished = make(checkout, "train", f"ARGS={flags} --workdir={checkout / 'run'}")

@@ -47,7 +47,7 @@ def test_steps_in_one_loop_equal_steps_one_by_one(config):
     assert_same_bits(values(first), values(second))
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("replicas", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16", "native"])
 def test_loss_falls_in_every_precision_on_every_number_of_replicas(config, mirrored, precision, replicas):
     config.precision.policy = precision
@@ -107,7 +107,7 @@ def test_plain_module_with_explicit_casts_trains_in_float16(config):
     assert train(trainer, 1)["loss"] > train(trainer, 20)["loss"]
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("replicas", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("batch_size", [7, 32, 100, 128])
 def test_evaluation_counts_every_example_once(config, mirrored, batch_size, replicas):
     config.data.eval_batch_size = batch_size
@@ -291,6 +291,7 @@ def healthy_steps(config, strategy):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, 3, 4])
 @pytest.mark.parametrize("poison", [np.inf, np.nan])
 def test_loop_with_overflows_ends_with_the_bits_of_a_run_without_those_steps(config, mirrored, replicas, poison):
