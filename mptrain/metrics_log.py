@@ -16,13 +16,14 @@ class MetricsLog:
     Args:
         path: the file; made if it is not there. A last line that a kill cut short is removed.
         last_step: rows of later steps are removed: they are what a killed run wrote after its last checkpoint, and the
-            resumed run will write them again. Events stay.
+            resumed run will write them again. Events stay. `math.inf`, for a process that only evaluates: nothing is removed,
+            because a training process may be writing.
 
     Raises:
         RunError: if the file cannot be written, here or later.
     """
 
-    def __init__(self, path: str | os.PathLike, last_step: int):
+    def __init__(self, path: str | os.PathLike, last_step: float):
         self._path = pathlib.Path(path)
         try:
             self._keep_rows_up_to(last_step)
@@ -49,11 +50,11 @@ class MetricsLog:
         except OSError as error:
             raise self._failed(error) from error
 
-    def _keep_rows_up_to(self, last_step: int) -> None:
-        if not self._path.exists():
+    def _keep_rows_up_to(self, last_step: float) -> None:
+        if last_step == math.inf or not self._path.exists():
             return
         lines = self._path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and not _is_later_row(line, last_step)]
+        kept = [line for line in lines if line.endswith("\n") and _is_kept(line, last_step)]
         if kept != lines:
             temporary = self._path.with_name(f".{self._path.name}.writing")
             temporary.write_text("".join(kept))
@@ -63,6 +64,9 @@ class MetricsLog:
         return RunError(f"{self._path} cannot be written to: {error.strerror}")
 
 
-def _is_later_row(line: str, last_step: int) -> bool:
-    row = json.loads(line)
-    return "split" in row and row["step"] > last_step
+def _is_kept(line: str, last_step: float) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # a line that a kill cut short, and the one that was written behind it
+        return False
+    return "split" not in row or row["step"] <= last_step

@@ -49,15 +49,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     if mode == "eval" and not checkpoints.steps():
         raise InputError(f"--mode=eval: {folder.checkpoints} holds no checkpoint: name the folder of a run in --workdir")
     if mode == "eval":
-        return _run_locked(trainer, folder, checkpoints, console, mode, changes)
+        return _run_mode(trainer, folder, checkpoints, console, mode, changes)
     folder.lock()
     try:
-        return _run_locked(trainer, folder, checkpoints, console, mode, changes)
+        return _run_mode(trainer, folder, checkpoints, console, mode, changes)
     finally:
         folder.unlock()
 
 
-def _run_locked(trainer, folder, checkpoints, console, mode, changes) -> dict[str, float]:
+def _run_mode(trainer, folder, checkpoints, console, mode, changes) -> dict[str, float]:
     hardware = devices.describe(trainer.strategy)
     plan = console.plan(precision.plan(trainer.model), _notes(trainer, hardware))
     for warning in trainer.precision_warnings:
