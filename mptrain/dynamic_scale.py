@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from mptrain.arguments import FLOAT32_MAX, check_between, check_count, check_flag, check_positive
+
 
 def shared_scalar(value, dtype: tf.DType, name: str) -> tf.Variable:
     """Returns a scalar variable that holds the same on every replica."""
@@ -18,6 +20,7 @@ class DynamicScale(tf.Module):
     Args: as `LossScaleOptimizer` takes them.
 
     Raises:
+        TypeError: for an argument of another type.
         ValueError: for a number out of range.
     """
 
@@ -34,16 +37,19 @@ class DynamicScale(tf.Module):
         hysteresis: int,
     ):
         super().__init__(name="dynamic_scale")
-        if not growth_factor > 1:
-            raise ValueError(f"growth_factor is {growth_factor}: it must be above 1")
-        if not 0 < backoff_factor < 1:
-            raise ValueError(f"backoff_factor is {backoff_factor}: it must lie between 0 and 1")
-        if growth_interval < 1 or hysteresis < 1:
-            raise ValueError(f"growth_interval is {growth_interval}, hysteresis is {hysteresis}: each must be at least 1")
-        if not 0 < initial_scale <= float(tf.float32.max):
-            raise ValueError(f"initial_scale is {initial_scale}: it must be a number above 0 that float32 can hold")
-        if dynamic and not 0 < min_scale <= initial_scale <= max_scale <= float(tf.float32.max):
-            raise ValueError(f"initial_scale is {initial_scale}: it must lie between min_scale {min_scale} and {max_scale}")
+        check_flag("dynamic", dynamic)
+        check_count("growth_interval", growth_interval)
+        check_count("hysteresis", hysteresis)
+        check_between("growth_factor", growth_factor, 1.0, FLOAT32_MAX)
+        check_between("backoff_factor", backoff_factor, 0.0, 1.0)
+        for name, scale in (("initial_scale", initial_scale), ("min_scale", min_scale), ("max_scale", max_scale)):
+            check_positive(name, scale)
+        if min_scale > max_scale:
+            raise ValueError(f"min_scale is {min_scale}, max_scale is {max_scale}: the first must not be above the second")
+        if dynamic and not min_scale <= initial_scale <= max_scale:
+            raise ValueError(
+                f"initial_scale is {initial_scale}: it must lie between min_scale, {min_scale}, and max_scale, {max_scale}"
+            )
         self.dynamic = dynamic
         self.growth_interval = growth_interval
         self.growth_factor = growth_factor
@@ -51,30 +57,47 @@ class DynamicScale(tf.Module):
         self.min_scale = min_scale
         self.max_scale = max_scale
         self.hysteresis = hysteresis
-        self.is_one = not dynamic and initial_scale == 1  # known while tracing, so that it costs nothing
+        self.initial_scale = initial_scale
         self.value = shared_scalar(initial_scale, tf.float32, "loss_scale")
         self.applied_in_a_row = shared_scalar(0, tf.int64, "applied_in_a_row")
         self.hysteresis_left = shared_scalar(hysteresis, tf.int64, "hysteresis_left")
 
+    @property
+    def used(self) -> tf.Tensor:
+        """The scale that losses are multiplied by, float32 scalar; a static one is the configured one, always.
+
+        A checkpoint may have been written with another, or with a dynamic one.
+        """
+        return tf.convert_to_tensor(self.value) if self.dynamic else tf.constant(self.initial_scale, tf.float32)
+
     def multiply(self, loss: tf.Tensor) -> tf.Tensor:
         """Returns a float32 loss times the scale."""
-        return loss if self.is_one else loss * self.value
+        return loss if self._is_one else loss * self.used
 
     def divide(self, values: tf.Tensor) -> tf.Tensor:
         """Returns float32 values divided by the scale."""
-        return values if self.is_one else values / self.value
+        return values if self._is_one else values / self.used
+
+    def start_from(self, scale: float, applied_in_a_row: int) -> None:
+        """Goes on from a scale, moved into the range, and a count of applied updates; on the host."""
+        self.value.assign(min(max(scale, self.min_scale), self.max_scale))
+        self.applied_in_a_row.assign(applied_in_a_row)
 
     def adapt(self, applied: tf.Tensor) -> None:
-        """Takes note of one step that was applied or skipped (a bool scalar), and moves the scale."""
+        """Takes note of one update that was applied or skipped (a bool scalar), and moves the scale."""
         if not self.dynamic:
             return
         in_a_row = tf.where(applied, self.applied_in_a_row + 1, 0)
         grow = in_a_row >= self.growth_interval  # not ==: a counter restored past the interval grows at once
         left = tf.where(applied, tf.convert_to_tensor(self.hysteresis_left), self.hysteresis_left - 1)
         shrink = tf.logical_and(tf.logical_not(applied), left <= 0)
-        scale = tf.convert_to_tensor(self.value)
-        higher = tf.minimum(scale * self.growth_factor, self.max_scale)
-        lower = tf.maximum(scale * self.backoff_factor, self.min_scale)
-        self.value.assign(tf.where(grow, higher, tf.where(shrink, lower, scale)))
+        factor = tf.where(grow, self.growth_factor, tf.where(shrink, self.backoff_factor, 1.0))
+        # A restored scale may lie anywhere: one out of range comes back into it, and inf or NaN starts from the floor.
+        scale = tf.where(tf.math.is_finite(self.value), self.value, self.min_scale)
+        self.value.assign(tf.clip_by_value(scale * factor, self.min_scale, self.max_scale))
         self.applied_in_a_row.assign(tf.where(grow, tf.zeros_like(in_a_row), in_a_row))
         self.hysteresis_left.assign(tf.where(grow, tf.cast(self.hysteresis, tf.int64), tf.maximum(left, 0)))
+
+    @property
+    def _is_one(self) -> bool:  # known while tracing, so that a scale of 1 costs nothing
+        return not self.dynamic and self.initial_scale == 1

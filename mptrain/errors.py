@@ -30,3 +30,7 @@ class StopRun(Exception):
     def __init__(self, reason: str, exit_status: int = 0):
         super().__init__(reason)
         self.exit_status = exit_status
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was ended before its last batch; its metrics mean nothing."""

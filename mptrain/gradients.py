@@ -3,23 +3,35 @@
 import tensorflow as tf
 
 
-def sum_over_replicas(replica: tf.distribute.ReplicaContext, gradients: list) -> list:
-    """Returns the gradients summed over the replicas: one all-reduce of all of them."""
-    if replica.num_replicas_in_sync == 1:
-        return gradients
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-
-
 def to_float32(gradient):
-    """Returns the gradient in float32; None stays None."""
-    return gradient if gradient is None else map_values(lambda values: tf.cast(values, tf.float32), gradient)
+    """Returns the gradient in float32."""
+    return map_values(lambda values: tf.cast(values, tf.float32), gradient)
 
 
 def map_values(function, gradient):
-    """Returns the gradient with `function` applied to its values."""
+    """Returns the gradient with `function` applied to its values; None stays None."""
+    if gradient is None:
+        return None
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
     return function(gradient)
+
+
+def add_gradients(left, right):
+    """Returns the sum of two gradients of one variable: sparse if both are."""
+    if not isinstance(left, tf.IndexedSlices):
+        return add_to_dense(left, right)
+    if not isinstance(right, tf.IndexedSlices):
+        return add_to_dense(right, left)
+    values, indices = tf.concat([left.values, right.values], 0), tf.concat([left.indices, right.indices], 0)
+    return tf.IndexedSlices(values, indices, left.dense_shape)
+
+
+def add_to_dense(total: tf.Tensor, gradient) -> tf.Tensor:
+    """Returns a dense tensor plus a gradient, dense or sparse."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], gradient.values)
+    return total + gradient
 
 
 def sum_of_squares(gradient) -> tf.Tensor:

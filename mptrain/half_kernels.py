@@ -35,8 +35,7 @@ _ROUNDED = frozenset(
     " SparseSoftmaxCrossEntropyWithLogits Sqrt SqrtGrad Square SquaredDifference Sub Sum Tanh TanhGrad"
     " UnsortedSegmentSum".split()
 )
-# A convolution or product and what is added to it are rounded once, as every fused kernel does.
-_ADDITIONS = ("BiasAdd", "AddV2")
+# A convolution or product and the bias added to it are rounded once, as every fused kernel does.
 _FUSED_WITH_ADDITION = frozenset("Conv2D Conv3D DepthwiseConv2dNative MatMul BatchMatMulV2 BatchMatMulV3".split())
 
 
@@ -89,7 +88,7 @@ class _Rewriting:
             self._graph.control_dependencies(op.control_inputs),
         ):
             inputs = [self._widened(tensor) for tensor in op.inputs]
-            if op.type in _ADDITIONS:
+            if _adds_bias(op):
                 inputs[0] = self._unrounded.get(op.inputs[0].ref(), inputs[0])
             dtypes = [tf.float32 if t.dtype == tf.float16 else t.dtype for t in op.outputs]
             new = self._graph.create_op(op.type, inputs, dtypes, attrs=_float32_attributes(op), name=f"{op.name}/float32")
@@ -123,6 +122,16 @@ def _is_exact(op: tf.Operation) -> bool:
     if op.type == "MaxPoolGrad":  # windows that do not overlap add nothing up
         return all(size <= stride for size, stride in zip(op.get_attr("ksize"), op.get_attr("strides"), strict=True))
     return op.type in _EXACT
+
+
+def _adds_bias(op: tf.Operation) -> bool:
+    """Whether a vector is added, in whatever shape. A residual is not: the product before it must overflow on its own."""
+    if op.type != "AddV2":
+        return op.type == "BiasAdd"
+    bias = op.inputs[1]
+    while bias.op.type in ("Reshape", "ExpandDims"):
+        bias = bias.op.inputs[0]
+    return bias.shape.rank == 1
 
 
 def _float32_attributes(op: tf.Operation) -> dict[str, attr_value_pb2.AttrValue]:

@@ -12,8 +12,6 @@ import tensorflow as tf
 import tf_keras
 from keras.src.utils import naming  # private: only here can Keras 3's automatic names start afresh
 
-from mptrain.errors import InputError
-
 
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and TensorFlow, from which unseeded initializers draw, and starts automatic names afresh.
@@ -55,61 +53,151 @@ def variables_by_path(variables: Iterable) -> dict[str, tf.Variable]:
     """Returns {path: variable} in the given order; a path that stands twice gets "#2", "#3" ..."""
     by_path = {}
     for variable in variables:
-        path = variable.path if isinstance(variable, keras.Variable) else variable.name.split(":")[0]
-        unique, count = path, 1
+        unique, count = _path(variable), 1
         while unique in by_path:
             count += 1
-            unique = f"{path}#{count}"
+            unique = f"{_path(variable)}#{count}"
         by_path[unique] = raw(variable)
     return by_path
 
 
-def layers_by_path(model, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields (path, layer) of every innermost layer of a Keras model, in the order of creation, each once."""
+def _path(variable) -> str:
+    if (noted := getattr(raw(variable), _NOTE, None)) is not None:
+        return noted
+    return variable.path if isinstance(variable, keras.Variable) else variable.name.split(":")[0]
+
+
+_NOTE = "_mptrain_path"
+
+
+def note_paths(model) -> None:
+    """Notes on each variable of a plain `tf.Module` where it stands, as "encoder/dense1/w": its name alone is only "w".
+
+    On the variable itself, so that an optimizer, which is given nothing but variables, calls it the same.
+    """
+    if is_keras_layer(model):
+        return
+    paths = {}
+    for path, found in _parts(model):
+        if is_keras_layer(found):
+            for below, variable in variables_by_path(found.variables).items():
+                paths.setdefault(id(variable), (f"{path}/{below.removeprefix(f'{found.name}/')}", variable))
+        else:
+            paths.setdefault(id(found), (path, found))
+    for path, variable in paths.values():
+        setattr(variable, _NOTE, path)
+
+
+def _parts(module: tf.Module) -> Iterator[tuple[str, object]]:
+    """Yields (path of attributes, variable or Keras layer) for all that stands in a `tf.Module`, the outer before the inner."""
+
+    def is_part(value) -> bool:
+        return isinstance(value, tf.Variable) or is_keras_layer(value)
+
+    # Private, but described to subclasses: the one walk over attributes, lists and dicts that tf.Module itself makes.
+    for path, found in module._flatten(predicate=is_part, with_path=True):
+        yield "/".join(map(str, path)), found
+
+
+def _outer_layers(model) -> Iterator[tuple[str, object]]:
+    """Yields (path, layer): a Keras model itself, or the Keras layers in a `tf.Module` that stand in no other layer."""
+    if is_keras_layer(model):
+        yield model.name, model
+        return
+    seen = set()
+    for path, found in _parts(model):
+        if is_keras_layer(found) and id(found) not in seen:
+            seen.update(id(layer) for layer in found._flatten_layers())
+            yield path, found
+
+
+def variables(model) -> list:
+    """Returns every variable of a Keras model; of a `tf.Module` also those of the Keras 3 layers in it."""
+    return _variables(model, "variables")
+
+
+def trainable_variables(model) -> list:
+    """Returns the trainable variables of a Keras model; of a `tf.Module` also those of the Keras 3 layers in it."""
+    return _variables(model, "trainable_variables")
+
+
+def _variables(model, kind: str) -> list:
+    found = list(getattr(model, kind))
+    if is_keras_layer(model) or getattr(type(model), kind) is not getattr(tf.Module, kind):  # it says itself which
+        return found
+    known = {id(raw(variable)) for variable in found}  # tf.Module finds tf_keras's variables, and none of Keras 3's
+    inside = [variable for _, layer in _outer_layers(model) for variable in getattr(layer, kind)]
+    return found + [variable for variable in inside if id(raw(variable)) not in known]
+
+
+def is_built(model) -> bool:
+    """Whether a model has its variables without having been called."""
+    layers = [layer for _, layer in _outer_layers(model)]
+    return all(layer.built for layer in layers) and (bool(layers) or bool(model.variables))
+
+
+def layers_by_path(model) -> Iterator[tuple[str, object]]:
+    """Yields (path, layer) of every layer that computes: innermost ones, and others that own variables; each once.
+
+    In the order of creation. A Keras model is one of them where it has weights of its own.
+    """
     seen = set()
 
     def walk(layer, path):
-        children = [child for child in layer._flatten_layers(include_self=False, recursive=False) if not _is_input(child)]
-        for child in children:
+        for child in children(layer):
             if id(child) not in seen:
                 seen.add(id(child))
-                child_path = f"{path}/{child.name}"
-                inner = list(walk(child, child_path))
-                if not inner or _owns_variables(child, inner):
-                    yield child_path, child
-                yield from inner
+                yield from with_inner(child, f"{path}/{child.name}")
 
-    yield from walk(model, prefix or model.name)
+    def with_inner(layer, path):
+        if layer is not model and not children(layer) or _owns_variables(layer):
+            yield path, layer
+        yield from walk(layer, path)
+
+    for path, layer in _outer_layers(model):
+        yield from with_inner(layer, path)
+
+
+def all_layers_by_path(model) -> Iterator[tuple[str, object]]:
+    """Yields (path, layer) of every layer in a model, containers too; a shared layer under each of its paths."""
+
+    def walk(layer, path):
+        for child in children(layer):
+            yield f"{path}/{child.name}", child
+            yield from walk(child, f"{path}/{child.name}")
+
+    for path, layer in _outer_layers(model):
+        if layer is not model or _owns_variables(layer):
+            yield path, layer
+        yield from walk(layer, path)
+
+
+def layers_in(layer) -> list:
+    """Returns a Keras layer and all layers inside it."""
+    return list(layer._flatten_layers())
 
 
 def set_policy(layer, name: str) -> None:
     """Gives a Keras layer, built or not, and all layers inside it the dtype policy `name`; variables keep their dtype."""
-    for each in layer._flatten_layers():
+    for each in layers_in(layer):
         if isinstance(each, keras.Layer):
             each.dtype_policy = name
         else:
             each._set_dtype_policy(tf_keras.mixed_precision.Policy(name))  # tf_keras has no public way once a layer exists
 
 
-def all_layers_by_path(model) -> Iterator[tuple[str, object]]:
-    """Yields (path, layer) of every layer below a Keras model, containers too; a shared layer under each of its paths."""
-
-    def walk(layer, path):
-        for child in layer._flatten_layers(include_self=False, recursive=False):
-            if not _is_input(child):
-                yield f"{path}/{child.name}", child
-                yield from walk(child, f"{path}/{child.name}")
-
-    yield from walk(model, model.name)
-
-
 def _is_input(layer) -> bool:
     return isinstance(layer, (keras.layers.InputLayer, tf_keras.layers.InputLayer))
 
 
-def _owns_variables(layer, inner) -> bool:
-    below = {id(variable) for _, child in inner for variable in child.variables}
+def _owns_variables(layer) -> bool:
+    below = {id(variable) for inner in layers_in(layer)[1:] for variable in inner.variables}
     return any(id(variable) not in below for variable in layer.variables)
+
+
+def casts_inputs(layer) -> bool:
+    """Whether a Keras layer casts what it is given to its compute dtype."""
+    return layer.autocast if isinstance(layer, keras.Layer) else layer._autocast  # private: tf_keras tells nobody
 
 
 def statistics(model) -> list[tf.Variable]:
@@ -117,20 +205,32 @@ def statistics(model) -> list[tf.Variable]:
 
     Weights of frozen layers, which are not trainable by choice, are left out: nothing writes them.
     """
-    if not is_keras_layer(model):
-        return list(model.non_trainable_variables)
-    found = {}
-    for layer in model._flatten_layers():
+    found = {} if is_keras_layer(model) else {id(variable): variable for variable in model.non_trainable_variables}
+    for layer in _all_layers(model):
         own = layer._non_trainable_variables if isinstance(layer, keras.Layer) else layer._non_trainable_weights
-        found |= {id(variable): raw(variable) for variable in own}
+        found |= {id(raw(variable)): raw(variable) for variable in own}
     return list(found.values())
+
+
+def _all_layers(model) -> Iterator:
+    for _, layer in _outer_layers(model):
+        yield from layers_in(layer)
+
+
+def synchronize_batch_norm(model) -> None:
+    """Makes the BatchNorm layers of a model, built or not, normalize over the batches of all replicas together."""
+    for layer in _all_layers(model):
+        if isinstance(layer, (keras.layers.BatchNormalization, tf_keras.layers.BatchNormalization)):
+            layer.synchronized = True
+        if isinstance(layer, tf_keras.layers.BatchNormalization):
+            layer.fused = False  # one kernel that knows its own replica only
 
 
 def bind_seeds(model, draw: Callable[[int], tf.Tensor]) -> None:
     """Makes the generators behind dropout and noise of a Keras model take their seeds from `draw(stream)`.
 
     Args:
-        model: Keras 3 or tf_keras; a `tf.Module` has no such generators.
+        model: a Keras model, or a `tf.Module` with Keras layers in it.
         draw: returns a seed, int32 [2]; the generators are numbered from 1, in the order of creation.
     """
     for stream, generator in enumerate(_seed_generators(model), start=1):
@@ -142,7 +242,7 @@ def bind_seeds(model, draw: Callable[[int], tf.Tensor]) -> None:
 
 
 def _seed_generators(model) -> Iterator:
-    for layer in model._flatten_layers() if is_keras_layer(model) else ():
+    for layer in _all_layers(model):
         if isinstance(layer, keras.Layer):
             yield from layer._seed_generators
         elif getattr(layer, "_random_generator", None) is not None:
@@ -162,69 +262,18 @@ def import_class(path: str) -> type:
         raise ImportError(f"module {module!r} has no class {name!r}") from error
 
 
-def read_tf_keras_loss_scale(path: str) -> tuple[float, int]:
-    """Returns (loss scale, applied steps in a row) from a checkpoint with a tf_keras LossScaleOptimizer in it.
+def children(layer) -> list:
+    """Returns the layers directly inside a Keras layer, but for those that only stand for a model's inputs."""
+    inside = layer._flatten_layers(include_self=False, recursive=False)  # private: only models list their layers publicly
+    return [child for child in inside if not _is_input(child)]
 
-    Args:
-        path: prefix of the checkpoint, as `tf.train.Checkpoint.save` returned it.
 
-    Raises:
-        InputError: if there is no such checkpoint, or not exactly one loss scale in it.
+def with_mask_of(source, tensor):
+    """Returns `tensor` with the Keras mask that `source` carries, if any, as Keras 3's own casts do.
+
+    The attribute is private, and the only place in which Keras 3 hands a mask from one layer to the next.
     """
-    try:
-        reader = tf.train.load_checkpoint(path)
-    except (tf.errors.OpError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is no TensorFlow checkpoint: {str(error).splitlines()[0]}") from error
-    names = reader.get_variable_to_shape_map()
-    found = [name for name in names if "loss_scale/current_loss_scale/" in name]
-    if len(found) != 1:
-        raise InputError(f"{path} holds {len(found)} loss scales of a tf_keras LossScaleOptimizer: one is needed")
-    good_steps = found[0].replace("current_loss_scale", "good_steps")
-    return float(reader.get_tensor(found[0])), int(reader.get_tensor(good_steps))
-
-
-class InnerOptimizer:
-    """One face for the optimizers that a `LossScaleOptimizer` can wrap.
-
-    Attributes:
-        apply: takes float32 gradients, already summed over the replicas, and their variables; updates the variables in the
-            replica it is called in, without another all-reduce.
-        build: creates the slots of the given variables.
-    """
-
-    def __init__(self, optimizer):
-        if not callable(getattr(optimizer, "apply_gradients", None)):
-            raise TypeError(f"the inner optimizer must have apply_gradients(grads_and_vars): {optimizer!r} has none")
-        if isinstance(optimizer, (keras.optimizers.LossScaleOptimizer, tf_keras.mixed_precision.LossScaleOptimizer)):
-            raise TypeError(f"{type(optimizer).__name__} scales losses itself: wrap the optimizer inside it")
-        self.optimizer = optimizer
-        self.apply, self.build = _apply_and_build(optimizer)
-
-    @property
-    def variables(self) -> dict[str, tf.Variable]:
-        found = getattr(self.optimizer, "variables", ())
-        return variables_by_path(found() if callable(found) else found)
-
-    @property
-    def learning_rate(self):
-        """The learning rate of the next update: a float32 scalar, or None where the optimizer has none."""
-        rate = getattr(self.optimizer, "learning_rate", None)
-        if callable(rate) and not isinstance(rate, (tf.Variable, keras.Variable)):
-            rate = rate(self.optimizer.iterations)
-        return None if rate is None else tf.cast(tf.convert_to_tensor(rate), tf.float32)
-
-
-def _apply_and_build(optimizer) -> tuple[Callable, Callable]:
-    if isinstance(optimizer, keras.optimizers.Optimizer):
-        # Keras 3 always sums over replicas and has no switch. Replaced once, here, and not around each call: replica
-        # threads interleave.
-        optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
-        return optimizer.apply_gradients, optimizer.build
-    if isinstance(optimizer, tf_keras.optimizers.Optimizer):
-        return lambda pairs: optimizer.apply_gradients(pairs, skip_gradients_aggregation=True), optimizer.build
-    if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
-        return (
-            lambda pairs: optimizer.apply_gradients(pairs, experimental_aggregate_gradients=False),
-            optimizer._create_all_weights,
-        )
-    return optimizer.apply_gradients, getattr(optimizer, "build", lambda variables: None)
+    mask = getattr(source, "_keras_mask", None)
+    if mask is not None:
+        tensor._keras_mask = mask
+    return tensor

@@ -7,23 +7,20 @@ of them take the same one.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import tensorflow as tf
 
 from mptrain import keras_compat
 from mptrain.accumulation import GradientSums, WeightAverage
+from mptrain.arguments import check_between, check_count, check_positive
 from mptrain.dynamic_scale import DynamicScale, shared_scalar
 from mptrain.errors import InputError
-from mptrain.gradients import map_values, sum_of_squares, sum_over_replicas, to_float32, with_each_row_once
+from mptrain.gradients import add_gradients, map_values, sum_of_squares, to_float32, with_each_row_once
+from mptrain.inner_optimizer import InnerOptimizer, read_tf_keras_loss_scale
+from mptrain.replicas import check_same_scope, check_strategy, merged, sum_over_replicas
 from mptrain.skip_log import Skip, SkipLog, raise_stuck
-
-_SUPPORTED = (
-    tf.distribute.MirroredStrategy,
-    tf.distribute.MultiWorkerMirroredStrategy,
-    tf.distribute.OneDeviceStrategy,
-    tf.distribute.TPUStrategy,
-)
 
 
 class LossScaleOptimizer(tf.Module):
@@ -40,8 +37,12 @@ class LossScaleOptimizer(tf.Module):
     weights, slots and the inner optimizer's step stay as they are on every replica. The check is made in every precision;
     `dynamic=False, initial_scale=1` makes all the rest a no-op.
 
+    Limits: TensorFlow cannot compile a step over two or more CPU replicas with `jit_compile=True`. With accumulation sparse
+    gradients are summed in dense form, so tf_keras's legacy SGD and RMSprop with momentum also move rows that had none.
+
     Args:
-        inner: a Keras 3 or tf_keras optimizer (new or legacy), or any object with `apply_gradients(grads_and_vars)`.
+        inner: a Keras 3 or tf_keras optimizer (new or legacy), or any object with `apply_gradients(grads_and_vars)`. What such
+            an object keeps in `tf.Variable`s is saved if it has an attribute `variables`, or holds them in its attributes.
         dynamic: whether the scale changes.
         initial_scale: first loss scale; with `dynamic=False` the only one.
         growth_interval: applied updates in a row before the scale grows.
@@ -53,11 +54,12 @@ class LossScaleOptimizer(tf.Module):
         max_consecutive_skips: skipped updates in a row after which `raise_if_stuck` raises.
         clip_norm: global norm to which the unscaled, summed gradients are clipped; None: no clipping.
         accumulation_steps: calls of `apply_gradients` that make one update, with the mean of their gradients.
-        ema_momentum: momentum of the weights' moving average, in (0, 1); None: no average.
+        ema_momentum: momentum of the weights' moving average, in (0, 1); None: no average. It starts from the weights after
+            the first update.
 
     Raises:
         ValueError: for a number out of range.
-        TypeError: if `inner` cannot be wrapped.
+        TypeError: for an argument of another type, or if `inner` cannot be wrapped.
         InputError: if the strategy in scope is not supported.
     """
 
@@ -79,19 +81,20 @@ class LossScaleOptimizer(tf.Module):
         ema_momentum: float | None = None,
     ):
         super().__init__(name="loss_scale_optimizer")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm is {clip_norm}: it must be above 0, or None")
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps is {accumulation_steps}: it must be at least 1")
-        if ema_momentum is not None and not 0 < ema_momentum < 1:
-            raise ValueError(f"ema_momentum is {ema_momentum}: it must lie between 0 and 1, or be None")
-        _check_strategy(tf.distribute.get_strategy(), scaled=dynamic or initial_scale != 1)
+        check_count("max_consecutive_skips", max_consecutive_skips)
+        check_count("accumulation_steps", accumulation_steps)
+        if clip_norm is not None:
+            check_positive("clip_norm", clip_norm)
+        if ema_momentum is not None:
+            check_between("ema_momentum", ema_momentum, 0.0, 1.0)
+        self._strategy = tf.distribute.get_strategy()
+        check_strategy(self._strategy, scaled=dynamic or initial_scale != 1)
         self.inner = inner
         self.max_consecutive_skips = max_consecutive_skips
         self.clip_norm = clip_norm
         self.accumulation_steps = accumulation_steps
         self.ema_momentum = ema_momentum
-        self._inner = keras_compat.InnerOptimizer(inner)
+        self._inner = InnerOptimizer(inner)
         self._scale = DynamicScale(
             dynamic=dynamic,
             initial_scale=initial_scale,
@@ -106,15 +109,16 @@ class LossScaleOptimizer(tf.Module):
         self._skipped_steps = shared_scalar(0, tf.int64, "skipped_steps")
         self._consecutive_skips = shared_scalar(0, tf.int64, "consecutive_skips")
         self._gradient_norm = shared_scalar(0, tf.float32, "gradient_norm")
-        # Written by each replica alone, so that looking at the loss costs no communication.
+        # Written by each replica alone, so that looking at the loss costs no communication. Not an integer: restoring gives
+        # each replica an equal share of the sum.
         self._nonfinite_losses = tf.Variable(
-            0,
-            dtype=tf.int32,
+            0.0,
             trainable=False,
             name="nonfinite_losses",
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.SUM,
         )
+        self.check_loss = lambda loss: None  # a Trainer refuses a 16-bit loss here; used alone, the optimizer casts it
         self._trained = None  # path -> variable; None until built
         self._sums = None
         self._average = None
@@ -123,7 +127,7 @@ class LossScaleOptimizer(tf.Module):
     @property
     def loss_scale(self) -> tf.Tensor:
         """What the next loss will be multiplied by, float32 scalar."""
-        return tf.convert_to_tensor(self._scale.value)
+        return self._scale.used
 
     @property
     def applied_steps(self) -> tf.Tensor:
@@ -159,7 +163,11 @@ class LossScaleOptimizer(tf.Module):
 
     @property
     def state(self) -> dict[str, tf.Variable]:
-        """Everything that a checkpoint between two windows must hold, by path: scale, counters, slots, averages."""
+        """Everything that a checkpoint must hold, by path: scale, counters, slots, averages, the window in progress.
+
+        A window is saved as the sum over the replicas, so that it can go on with another number of them: one replica goes on
+        with the same bits, several with equal shares of the sum.
+        """
         own = {
             "loss_scale": self._scale.value,
             "applied_in_a_row": self._scale.applied_in_a_row,
@@ -169,10 +177,20 @@ class LossScaleOptimizer(tf.Module):
             "consecutive_skips": self._consecutive_skips,
             "gradient_norm": self._gradient_norm,
         }
-        named = {f"loss_scale/{name}": variable for name, variable in own.items()}
-        averages = self._average.averages if self._average else {}
-        named |= {f"average/{path}": variable for path, variable in averages.items()}
-        return named | {f"inner/{path}": variable for path, variable in self._inner.variables.items()}
+        averages = {}
+        if self._average:
+            own["averaged_updates"] = self._average.updates
+            averages = {f"average/{path}": variable for path, variable in self._average.averages.items()}
+        inner = {f"inner/{path}": variable for path, variable in self._inner.variables.items()}
+        return {f"loss_scale/{name}": variable for name, variable in own.items()} | averages | inner | self.window
+
+    @property
+    def window(self) -> dict[str, tf.Variable]:
+        """The part of `state` that is needed only inside an accumulation window; empty without accumulation."""
+        if self._sums is None:
+            return {}
+        own = {"loss_scale/accumulated_steps": self._sums.done, "loss_scale/nonfinite_losses": self._nonfinite_losses}
+        return own | {f"sum/{path}": variable for path, variable in self._sums.sums.items()}
 
     def build(self, variables: Iterable) -> None:
         """Creates the inner optimizer's slots and all else that follows from the variables.
@@ -181,16 +199,13 @@ class LossScaleOptimizer(tf.Module):
 
         Args:
             variables: every variable that will be trained.
+
+        Raises:
+            RuntimeError: in another scope than that of the variables and the optimizer.
         """
         variables = list(variables)
-        if not getattr(self.inner, "built", False):
-            self._inner.build(variables)
-        self._trained = keras_compat.variables_by_path(variables)
-        self._skips = SkipLog(list(self._trained))
-        if self.accumulation_steps > 1:
-            self._sums = GradientSums(self._trained.values(), self.accumulation_steps)
-        if self.ema_momentum is not None:
-            self._average = WeightAverage(variables, self.ema_momentum)
+        check_same_scope(self._strategy, map(keras_compat.raw, variables), self._inner.variables.values())
+        self._build(variables)
 
     def get_scaled_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Returns the loss in float32, multiplied by the loss scale.
@@ -198,10 +213,10 @@ class LossScaleOptimizer(tf.Module):
         Args:
             loss: this replica's loss, of any shape and floating dtype.
         """
+        self.check_loss(loss)
         loss = tf.cast(loss, tf.float32)
-        nonfinite = tf.cast(tf.logical_not(tf.reduce_all(tf.math.is_finite(loss))), tf.int32)
-        earlier = tf.where(self.window_starts(), 0, tf.convert_to_tensor(self._nonfinite_losses))
-        self._nonfinite_losses.assign(tf.maximum(nonfinite, earlier))
+        nonfinite = tf.cast(tf.logical_not(tf.reduce_all(tf.math.is_finite(loss))), tf.float32)
+        self._nonfinite_losses.assign(self._nonfinite_losses + nonfinite)
         return self._scale.multiply(loss)
 
     def get_unscaled_gradients(self, gradients: Iterable) -> list:
@@ -211,12 +226,17 @@ class LossScaleOptimizer(tf.Module):
 
         Args:
             gradients: dense tensors of any floating dtype, `tf.IndexedSlices`, or None.
+
+        Raises:
+            TypeError: if `gradients` is one gradient and not a list of them.
         """
+        if tf.is_tensor(gradients):
+            raise TypeError("get_unscaled_gradients takes a list of gradients, and this is one: write [gradient]")
 
         def unscale(values):
             return self._scale.divide(tf.cast(values, tf.float32))
 
-        return [gradient if gradient is None else map_values(unscale, gradient) for gradient in gradients]
+        return [map_values(unscale, gradient) for gradient in gradients]
 
     def window_starts(self) -> tf.Tensor:
         """Whether the next step is the first of an accumulation window, bool scalar; always, without accumulation."""
@@ -229,29 +249,31 @@ class LossScaleOptimizer(tf.Module):
 
         Args:
             grads_and_vars: pairs of an unscaled gradient of this replica (dense or `tf.IndexedSlices`; pairs with None are
-                left out) and its variable.
+                left out) and its variable. Gradients of one variable add up.
 
         Returns:
             Whether nothing was skipped: a bool scalar, the same on every replica; true inside an accumulation window.
 
         Raises:
-            ValueError: if every gradient is None, or a variable is not among those of `build`.
+            ValueError: if there is no gradient, a variable is not among those of `build`, or with accumulation other
+                variables had gradients in an earlier step.
             RuntimeError: outside a replica context, or under several replicas before `build`.
         """
         replica = tf.distribute.get_replica_context()
         if replica is None:
             raise RuntimeError("apply_gradients belongs into the function that strategy.run runs in each replica")
         pairs = list(grads_and_vars)
+        if not pairs:
+            raise ValueError("there are no pairs of a gradient and a variable: give apply_gradients at least one")
         if all(gradient is None for gradient, _ in pairs):
             raise ValueError("every gradient is None: the loss does not depend on the trainable variables")
         self._build_if_needed(replica, [variable for _, variable in pairs])
+        places, gradients = self._in_order_of_build(pairs)
         if self._sums is not None:
-            self._sums.add(self._in_order_of_build(pairs))
-            return self._merged(replica, self._end_of_window)
-        pairs = [(to_float32(gradient), variable) for gradient, variable in pairs if gradient is not None]
-        variables = [variable for _, variable in pairs]
-        gradients = [with_each_row_once(g) for g in sum_over_replicas(replica, [gradient for gradient, _ in pairs])]
-        return self._merged(replica, lambda strategy, gradients: self._update(strategy, variables, gradients), gradients)
+            self._sums.add(places, gradients)
+            return merged(replica, self._end_of_window)
+        gradients = [with_each_row_once(gradient) for gradient in sum_over_replicas(replica, gradients)]
+        return merged(replica, lambda strategy, gradients: self._update(strategy, places, gradients), gradients)
 
     def skips(self, first: int, end: int) -> list[Skip]:
         """Returns what is known of the skipped updates from number `first` up to `end`, newest last; on the host."""
@@ -265,20 +287,25 @@ class LossScaleOptimizer(tf.Module):
         """
         count, skipped = int(self.consecutive_skips), int(self.skipped_steps)
         if count >= self.max_consecutive_skips:
-            raise_stuck(self.skips(skipped - 1, skipped)[0], count)
+            raise_stuck(count, float(self.loss_scale), *self.skips(skipped - 1, skipped))
 
     def import_tf_keras_loss_scale(self, path: str) -> None:
         """Takes the loss scale and its counter from a checkpoint with a tf_keras LossScaleOptimizer in it.
 
+        A scale out of `min_scale` and `max_scale` is moved to the nearer of them.
+
         Args:
-            path: prefix of the checkpoint, as `tf.train.Checkpoint.save` returned it.
+            path: prefix of the checkpoint, as `tf.train.Checkpoint.save` returned it; or a SavedModel's folder.
 
         Raises:
-            InputError: if there is no loss scale to be found.
+            InputError: if there is no loss scale to be found, it cannot be one, or this optimizer's scale is static.
         """
-        scale, applied_in_a_row = keras_compat.read_tf_keras_loss_scale(path)
-        self._scale.value.assign(scale)
-        self._scale.applied_in_a_row.assign(applied_in_a_row)
+        if not self._scale.dynamic:
+            raise InputError(f"the loss scale stays {float(self.loss_scale):g}, with dynamic=False: there is none to import")
+        scale, applied_in_a_row = read_tf_keras_loss_scale(path)
+        if not (math.isfinite(scale) and scale > 0):
+            raise InputError(f"the loss scale in {path} is {scale}: it must be above 0 and finite, so start from initial_scale")
+        self._scale.start_from(scale, applied_in_a_row)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -298,50 +325,49 @@ class LossScaleOptimizer(tf.Module):
         if replica.num_replicas_in_sync > 1:
             raise RuntimeError("call optimizer.build(variables) in strategy.scope() before the first step")
         with tf.init_scope():
-            self.build(variables)
+            self._build(variables)
 
-    def _positions(self, variables: list) -> list[int]:
-        places = {id(variable): place for place, variable in enumerate(self._trained.values())}
-        for variable in variables:
-            if id(keras_compat.raw(variable)) not in places:
-                raise ValueError(f"{variable!r} is not among the variables that the optimizer was built with")
-        return [places[id(keras_compat.raw(variable))] for variable in variables]
+    def _build(self, variables: list) -> None:
+        self._inner.build(variables)
+        self._trained = keras_compat.variables_by_path(self._inner.trained)
+        self._skips = SkipLog(list(self._trained))
+        if not isinstance(self.inner, tf.__internal__.tracking.Trackable):
+            self._inner_variables = list(self._inner.variables.values())  # for tf.train.Checkpoint, which sees no plain object
+        if self.accumulation_steps > 1:
+            self._sums = GradientSums(self._trained, self.accumulation_steps)
+        if self.ema_momentum is not None:
+            self._average = WeightAverage(self._inner.trained, self.ema_momentum)
 
-    def _in_order_of_build(self, pairs: list) -> list:
-        gradients = [None] * len(self._trained)
-        for place, (gradient, _) in zip(self._positions([variable for _, variable in pairs]), pairs, strict=True):
-            gradients[place] = to_float32(gradient)
-        return gradients
-
-    def _merged(self, replica, function, *args):
-        """Calls `function(strategy, *args)` once for all replicas, or in this one where there is nothing to merge.
-
-        A branch must not hold a merge, so the replicas merge first and part again inside the branch.
-        """
-        if tf.__internal__.distribute.strategy_supports_no_merge_call():
-            return function(replica.strategy, *args)
-        return replica.merge_call(function, args=args)
+    def _in_order_of_build(self, pairs: list) -> tuple[list[int], list]:
+        """Returns the places of the variables that have gradients, ascending, and one float32 gradient for each."""
+        found = {}
+        for gradient, variable in pairs:
+            place = self._inner.place(variable)
+            if gradient is not None:
+                gradient = to_float32(gradient)
+                found[place] = add_gradients(found[place], gradient) if place in found else gradient
+        places = sorted(found)
+        return places, [found[place] for place in places]
 
     def _end_of_window(self, strategy) -> tf.Tensor:
         def update():
             means = self._sums.means()  # across replicas, reading a sum adds the replicas' sums up
             if not tf.distribute.in_cross_replica_context():
                 means = sum_over_replicas(tf.distribute.get_replica_context(), means)
-            return self._update(strategy, list(self._trained.values()), means)
+            return self._update(strategy, self._sums.places, means)
 
         return tf.cond(self._sums.count(), update, lambda: tf.constant(True))
 
-    def _update(self, strategy, variables: list, gradients: list) -> tf.Tensor:
+    def _update(self, strategy, places: Sequence[int], gradients: list) -> tf.Tensor:
         """Updates in every replica or in none. Of what all agree on since the all-reduce, the first one's is taken."""
         firsts = [strategy.experimental_local_results(gradient)[0] for gradient in gradients]
         squares = tf.stack([sum_of_squares(gradient) for gradient in firsts])
         norm = tf.sqrt(tf.reduce_sum(squares))
         finite = tf.math.is_finite(norm)
-        places = [[place] for place in self._positions(variables)]
         scale, skipped, before = self.loss_scale, self.skipped_steps, self.applied_steps
 
         def update(gradients, norm):
-            self._apply(variables, gradients, norm)
+            self._apply(places, gradients, norm)
 
         def apply():
             if tf.distribute.in_cross_replica_context():
@@ -353,7 +379,8 @@ class LossScaleOptimizer(tf.Module):
             return tf.constant(True)
 
         def skip():
-            nonfinite = tf.scatter_nd(places, tf.logical_not(tf.math.is_finite(squares)), [len(self._trained)])
+            where = [[place] for place in places]
+            nonfinite = tf.scatter_nd(where, tf.logical_not(tf.math.is_finite(squares)), [len(self._trained)])
             loss_finite = tf.equal(self._count_of_nonfinite_losses(), 0)
             self._skips.write(skipped, before, scale, loss_finite, nonfinite)
             return tf.constant(False)
@@ -364,6 +391,7 @@ class LossScaleOptimizer(tf.Module):
         self._skipped_steps.assign(skipped + 1 - one)
         self._consecutive_skips.assign((self._consecutive_skips + 1) * (1 - one))
         self._gradient_norm.assign(norm)
+        self._nonfinite_losses.assign(0.0)
         self._scale.adapt(applied)
         return applied
 
@@ -373,19 +401,11 @@ class LossScaleOptimizer(tf.Module):
             return count
         return sum_over_replicas(tf.distribute.get_replica_context(), [count])[0]
 
-    def _apply(self, variables: list, gradients: list, norm: tf.Tensor) -> None:
+    def _apply(self, places: Sequence[int], gradients: list, norm: tf.Tensor) -> None:
         if self.clip_norm is not None:
             factor = self.clip_norm / tf.maximum(norm, self.clip_norm)
             gradients = [map_values(lambda values: values * factor, gradient) for gradient in gradients]
-        pairs = list(zip(gradients, variables, strict=True))
-        self._inner.apply([(map_values(lambda values, v=v: tf.cast(values, v.dtype), g), v) for g, v in pairs])
-
-
-def _check_strategy(strategy: tf.distribute.Strategy, scaled: bool) -> None:
-    if tf.distribute.has_strategy() and not isinstance(strategy, _SUPPORTED):
-        raise InputError(
-            f"{type(strategy).__name__} is not supported: its replicas do not step together, so they cannot agree on skipping"
-            " a step; use MirroredStrategy or MultiWorkerMirroredStrategy"
-        )
-    if isinstance(strategy, tf.distribute.TPUStrategy) and scaled:
-        raise InputError("TPUs have no float16 arithmetic: use mixed_bfloat16, which needs no loss scale")
+        trained = list(self._trained.values())
+        dtypes = [trained[place].dtype for place in places]
+        cast = [map_values(lambda v, dtype=dtype: tf.cast(v, dtype), g) for g, dtype in zip(gradients, dtypes, strict=True)]
+        self._inner.apply(cast, places)

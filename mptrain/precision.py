@@ -10,11 +10,14 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
+import numpy as np
 import tensorflow as tf
 
-from mptrain import devices, half_kernels, keras_compat
+from mptrain import half_kernels, keras_compat
 from mptrain.config import PRECISIONS
 from mptrain.errors import InputError
+from mptrain.hardware import Hardware, hardware
+from mptrain.workers import local_devices
 
 _COMPUTE_DTYPES = {
     "native": None,
@@ -56,53 +59,66 @@ class Precision:
         """Returns the context in which a model is built: its Keras layers take this precision as their dtype policy."""
         return contextlib.nullcontext() if self.name == "native" else keras_compat.dtype_policy(self.name)
 
-    def hold_float32_layers(self, model) -> None:
+    def hold_float32_layers(self, model) -> list:
         """Gives the layers that `float32_layers` names the policy float32; they cast what reaches them.
+
+        Returns:
+            These layers and those inside them.
 
         Raises:
             InputError: if a regex is none, or is found in no layer's path.
         """
-        layers = list(keras_compat.all_layers_by_path(model)) if keras_compat.is_keras_layer(model) else []
+        layers = list(keras_compat.all_layers_by_path(model))
+        held = []
         for pattern in self.float32_layers:
             try:
                 found = [layer for path, layer in layers if re.search(pattern, path)]
             except re.error as error:
                 raise InputError(f"config.precision.float32_layers: {pattern!r} is no regular expression: {error}") from error
             if not found:
-                paths = ", ".join(path for path, _ in layers) or "none: the model is no Keras model"
+                paths = ", ".join(path for path, _ in layers) or "none: the model has no Keras layers"
                 raise InputError(f"config.precision.float32_layers: {pattern!r} is found in no layer's path; there are {paths}")
             for layer in found:
                 keras_compat.set_policy(layer, "float32")
+                held += keras_compat.layers_in(layer)
+        return held
 
 
 def _cast_floating(tree, dtype: tf.DType | None):
     def cast(value):
-        tensor = tf.convert_to_tensor(value)
-        return tf.cast(tensor, dtype) if tensor.dtype.is_floating else tensor
+        value = keras_compat.raw(value)
+        if isinstance(value, (np.ndarray, np.generic)):
+            value = tf.convert_to_tensor(value)
+        if not tf.is_tensor(value) or not getattr(value.dtype, "is_floating", False):
+            return value
+        return tf.cast(value, dtype)  # of a ragged or sparse tensor and of `tf.IndexedSlices`, the values
 
     return tree if dtype is None else tf.nest.map_structure(cast, tree)
 
 
-def get(name: str, float32_layers: Iterable[str] = ()) -> Precision:
+def get(name: str, float32_layers: str | Iterable[str] = (), on: Hardware | None = None) -> Precision:
     """Returns the precision called `name`: auto, native, float32, mixed_float16 or mixed_bfloat16.
 
     Args:
         name: "auto" chooses from the hardware.
-        float32_layers: see `Precision`.
+        float32_layers: see `Precision`; one regex may stand alone.
+        on: what "auto" chooses from; default: this host's.
 
     Raises:
         InputError: if there is no such precision.
     """
+    if isinstance(float32_layers, str):
+        float32_layers = (float32_layers,)
     reason = "as configured"
     if name == "auto":
-        name, why = _choose(devices.hardware())
+        name, why = _choose(on or hardware())
         reason = f"auto: {why}"
     if name not in _COMPUTE_DTYPES:
         raise InputError(f"precision {name!r} does not exist: write one of {', '.join(PRECISIONS)}")
     return Precision(name, _COMPUTE_DTYPES[name], reason, tuple(float32_layers))
 
 
-def _choose(hardware: devices.Hardware) -> tuple[str, str]:
+def _choose(hardware: Hardware) -> tuple[str, str]:
     if hardware.tpus:
         return "mixed_bfloat16", "TPUs multiply in bfloat16"
     if hardware.gpus:
@@ -127,21 +143,20 @@ class Kernels:
         jit_compile: whether XLA compiles the train step.
         widen: whether float16 operations are computed in float32 and rounded (see `half_kernels`).
         reason: why, in one line.
+        asked: whether the config says so; else it says "auto".
     """
 
     jit_compile: bool
     widen: bool
     reason: str
+    asked: bool
+
+    def __str__(self) -> str:
+        return f"{self.jit_compile} ({'as configured' if self.asked else 'auto'}): {self.reason}"
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Returns the context in which train and evaluation steps are traced."""
         return half_kernels.float32_kernels() if self.widen else contextlib.nullcontext()
-
-
-def uses_float16(precision: Precision, model) -> bool:
-    """Whether gradients can underflow, so that the loss must be scaled: the precision, or a layer of the model, is float16."""
-    layers = plan(model) if keras_compat.is_keras_layer(model) else []
-    return precision.compute_dtype == tf.float16 or any(row.compute_dtype == "float16" for row in layers)
 
 
 def kernels(float16: bool, jit_compile: str | bool, strategy: tf.distribute.Strategy) -> Kernels:
@@ -155,19 +170,20 @@ def kernels(float16: bool, jit_compile: str | bool, strategy: tf.distribute.Stra
     Raises:
         InputError: if XLA was asked for where it cannot compile the step.
     """
-    on_cpu = "GPU" not in "".join(strategy.extended.worker_devices) and "TPU" not in "".join(strategy.extended.worker_devices)
+    on_cpu = not any(kind in device for device in local_devices(strategy) for kind in ("GPU", "TPU"))
+    asked = jit_compile != "auto"
     if jit_compile is True:
         if on_cpu and strategy.num_replicas_in_sync > 1:
             raise InputError(
                 "config.train.jit_compile is True with several CPU replicas: XLA cannot compile their all-reduce; write 'auto'"
             )
-        slow = "; float16 is slow in XLA on a CPU" if on_cpu and float16 else ""
-        return Kernels(True, False, f"XLA, as configured{slow}")
+        reason = "XLA compiles the step" + ("; its float16 is slow on a CPU" if on_cpu and float16 else "")
+        return Kernels(True, False, reason, asked)
     if on_cpu and float16:
-        return Kernels(False, True, "float16 operations computed in float32 and rounded: CPUs' float16 kernels are slow")
-    if jit_compile is False:
-        return Kernels(False, False, "TensorFlow's kernels, as configured")
-    return Kernels(False, False, "TensorFlow's kernels" + (": XLA's convolutions are slower on a CPU" if on_cpu else ""))
+        reason = "float16 operations are computed in float32 and rounded; float16 kernels are slow on a CPU, XLA's too"
+        return Kernels(False, True, reason, asked)
+    reason = "XLA's convolutions are slower than TensorFlow's on a CPU" if on_cpu else "XLA only compiles where it is asked to"
+    return Kernels(False, False, "TensorFlow's kernels" if asked else reason, asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,65 +197,22 @@ class PlanRow:
 
 
 def plan(model) -> list[PlanRow]:
-    """Returns the rows of the precision plan of a Keras model or `tf.Module`, innermost layers in order of creation."""
+    """Returns the rows of the precision plan: layers in the order of creation; a `tf.Module`'s own variables after them."""
+    layers = list(keras_compat.layers_by_path(model))
+    rows = [PlanRow(path, layer.compute_dtype, layer.variable_dtype, _count(layer)) for path, layer in layers]
     if keras_compat.is_keras_layer(model):
-        return [
-            PlanRow(path, layer.compute_dtype, layer.variable_dtype, _count(layer))
-            for path, layer in keras_compat.layers_by_path(model)
-        ]
-    return [
+        return rows
+    in_layers = {id(keras_compat.raw(variable)) for _, layer in layers for variable in layer.variables}
+    variables = keras_compat.variables_by_path(keras_compat.variables(model))
+    return rows + [
         PlanRow(path, "as written", variable.dtype.name, variable.shape.num_elements())
-        for path, variable in keras_compat.variables_by_path(model.variables).items()
+        for path, variable in variables.items()
+        if id(variable) not in in_layers
     ]
 
 
 def _count(layer) -> int:
-    return sum(keras_compat.raw(variable).shape.num_elements() for variable in layer.weights)
-
-
-def check(precision: Precision, model) -> list[str]:
-    """Checks a built model against its precision.
-
-    Returns:
-        Warnings, one line each: layers that cast what reaches them back to float32 without having been asked to.
-
-    Raises:
-        InputError: if 16 bits were asked for and no layer with parameters computes in them, or a trainable variable is not
-            float32.
-    """
-    trainable = keras_compat.variables_by_path(model.trainable_variables)
-    wrong = [path for path, variable in trainable.items() if variable.dtype != tf.float32]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise InputError(
-            f"trainable variable {wrong[0]!r}{more} is {trainable[wrong[0]].dtype.name}: keep trainable variables in float32"
-            " and cast them where they are used, as the policy mixed_float16 does"
-        )
-    if precision.compute_dtype not in (tf.float16, tf.bfloat16) or not keras_compat.is_keras_layer(model):
-        return []
-    rows = [row for row in plan(model) if row.parameters]
-    wanted = precision.compute_dtype.name
-    if not any(row.compute_dtype == wanted for row in rows):
-        raise InputError(
-            f"config.precision.policy is {precision.name!r} but no layer with parameters computes in {wanted}: build the model"
-            " inside build_model(), without dtype='float32' on every layer"
-        )
-    asked = [row.layer for row in rows if any(re.search(pattern, row.layer) for pattern in precision.float32_layers)]
-    silent = [row.layer for row in rows[:-1] if row.compute_dtype == "float32" and row.layer not in asked]
-    if not silent:
-        return []
-    return [
-        f"{', '.join(silent)} compute in float32 and cast their inputs back to it: if that is meant, name them in"
-        " config.precision.float32_layers; if not, build them without dtype='float32'"
-    ]
-
-
-def check_is_float32(what: str, tree, remedy: str) -> None:
-    """Checks that a nested structure holds no 16-bit tensor.
-
-    Raises:
-        InputError: if it does.
-    """
-    for tensor in tf.nest.flatten(tree):
-        if tensor.dtype in (tf.float16, tf.bfloat16):
-            raise InputError(f"{what} is {tensor.dtype.name}: {remedy}")
+    """Returns the number of a layer's parameters, without those of the layers inside it."""
+    _, *inner = keras_compat.layers_in(layer)
+    theirs = {id(variable) for each in inner for variable in each.weights}
+    return sum(keras_compat.raw(variable).shape.num_elements() for variable in layer.weights if id(variable) not in theirs)

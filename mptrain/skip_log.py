@@ -10,6 +10,7 @@ import tensorflow as tf
 from mptrain.errors import RunError
 
 RING = 64  # skipped updates that are remembered between two looks
+_NEVER_WRITTEN = -1  # of a restored run: its count of skipped updates is in the checkpoint, this log is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Skip:
         update: its number, counting applied and skipped ones from 0.
         loss_scale: the scale it was computed with.
         loss_finite: whether the loss was finite on every replica. If not, the forward pass overflowed and no scale can help.
-        variables: the paths of the variables whose gradients were not finite, in forward order.
+        variables: the paths of the variables whose gradients were not finite, or so large that the sum of their squares
+            overflows float32; in forward order.
     """
 
     update: int
@@ -51,15 +53,14 @@ class SkipLog(tf.Module):
     def __init__(self, names: list[str]):
         super().__init__(name="skip_log")
         self._names = names
-        self._updates = self._ring([RING], tf.int64, "skip_updates")
-        self._scales = self._ring([RING], tf.float32, "skip_scales")
-        self._losses_finite = self._ring([RING], tf.bool, "skip_losses_finite")
-        self._nonfinite = self._ring([RING, len(names)], tf.bool, "skip_nonfinite")
+        self._updates = self._ring(tf.fill([RING], tf.constant(_NEVER_WRITTEN, tf.int64)), "skip_updates")
+        self._scales = self._ring(tf.zeros([RING]), "skip_scales")
+        self._losses_finite = self._ring(tf.zeros([RING], tf.bool), "skip_losses_finite")
+        self._nonfinite = self._ring(tf.zeros([RING, len(names)], tf.bool), "skip_nonfinite")
 
     @staticmethod
-    def _ring(shape: list[int], dtype: tf.DType, name: str) -> tf.Variable:
-        aggregation = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        return tf.Variable(tf.zeros(shape, dtype), trainable=False, name=name, aggregation=aggregation)
+    def _ring(values: tf.Tensor, name: str) -> tf.Variable:
+        return tf.Variable(values, trainable=False, name=name, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
     def write(self, skipped: tf.Tensor, applied: tf.Tensor, scale: tf.Tensor, finite: tf.Tensor, nonfinite: tf.Tensor) -> None:
         """Remembers a skipped update; called in the branch that skips.
@@ -87,19 +88,31 @@ class SkipLog(tf.Module):
         skips = []
         for number in range(max(first, end - RING), end):
             update, scale, finite, nonfinite = (ring[number % RING] for ring in rings)
+            if update == _NEVER_WRITTEN:
+                continue
             names = tuple(name for name, bad in zip(self._names, nonfinite, strict=True) if bad)
             skips.append(Skip(int(update), float(scale), bool(finite), names or tuple(self._names)))
         return skips
 
 
-def raise_stuck(skip: Skip, count: int) -> None:
-    """Raises the error that ends a run whose last `count` updates were all skipped, the last of them as `skip` says.
+def raise_stuck(count: int, loss_scale: float, last: Skip | None = None) -> None:
+    """Raises the error that ends a run whose last `count` updates were all skipped.
+
+    Args:
+        count: how many.
+        loss_scale: the scale now.
+        last: what is known of the last of them; None after a restore.
 
     Raises:
         RunError: always.
     """
-    more = f" and {len(skip.variables) - 5} more" if len(skip.variables) > 5 else ""
+    if last is None:
+        raise RunError(
+            f"{count} updates in a row were skipped, up to the checkpoint that was restored, so their cause is not known; the"
+            f" loss scale is {loss_scale:g}. Start from an earlier checkpoint, or with a higher max_consecutive_skips to see it"
+        )
+    more = f" and {len(last.variables) - 5} more" if len(last.variables) > 5 else ""
     raise RunError(
-        f"{count} updates in a row were skipped, the last at loss scale {skip.loss_scale:g}: {skip.cause}. First layer:"
-        f" {skip.layer}; gradients that are not finite: {', '.join(skip.variables[:5])}{more}"
+        f"{count} updates in a row were skipped, the last at loss scale {last.loss_scale:g}: {last.cause}. First layer:"
+        f" {last.layer}; gradients that are not finite, or above 1e19: {', '.join(last.variables[:5])}{more}"
     )

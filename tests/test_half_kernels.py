@@ -71,6 +71,27 @@ def test_overflow_begins_where_float16_overflows(value):
     assert ours.numpy()[0, 0] == expected
 
 
+def half(value):
+    return tf.constant(value, tf.float16)
+
+
+def test_product_before_a_residual_overflows_on_its_own():
+    args = [half([[300.0]]), half([[240.0]]), half([[-20000.0]])]
+    with float32_kernels():
+        ours = tf.function(lambda x, w, y: tf.matmul(x, w) + y)(*args)
+    assert ours.numpy() == tf.function(lambda x, w, y: tf.matmul(x, w) + y)(*args).numpy() == np.inf
+
+
+@pytest.mark.parametrize("reshaped", [False, True])
+def test_product_and_bias_are_rounded_once_as_in_a_fused_kernel(reshaped):
+    def layer(x, w, bias):
+        return tf.matmul(x, w) + (tf.reshape(bias, [1, 1]) if reshaped else bias)
+
+    with float32_kernels():
+        ours = tf.function(layer)(half([[2048.0, 0.75]]), half([[1.0], [1.0]]), half([0.5]))
+    assert float(ours) == 2050.0  # 2048.75 alone would round to 2048, and 2048.5 to 2048 again
+
+
 @pytest.mark.parametrize("exponent", range(-26, -13))
 def test_underflow_begins_where_float16_underflows(exponent):
     with float32_kernels():

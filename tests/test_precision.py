@@ -1,11 +1,12 @@
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
 from ml_collections import ConfigDict
 
 from mptrain import InputError, precision
-from mptrain.devices import Gpu, Hardware
+from mptrain.hardware import Gpu, Hardware
 from tests import trainers
 
 layers = keras.layers
@@ -25,9 +26,8 @@ layers = keras.layers
         (Hardware(2, ("avx2", "avx512_fp16")), "float32", "neither"),
     ],
 )
-def test_auto_chooses_from_the_hardware_and_says_why(monkeypatch, hardware, name, word):
-    monkeypatch.setattr(precision.devices, "hardware", lambda: hardware)
-    chosen = precision.get("auto")
+def test_auto_chooses_from_the_hardware_and_says_why(hardware, name, word):
+    chosen = precision.get("auto", on=hardware)
     assert chosen.name == name
     assert word in chosen.reason
     assert precision.get("mixed_float16").name == "mixed_float16"
@@ -39,6 +39,31 @@ def test_casts_touch_floating_tensors_only():
     assert [cast[k].dtype for k in "xnh"] == [tf.float16, tf.int32, tf.float16]
     back = precision.get("mixed_float16").cast_to_output(cast)
     assert [back[k].dtype for k in "xnh"] == [tf.float32, tf.int32, tf.float32]
+
+
+@pytest.mark.parametrize("leaf", [None, "text", True, object()])
+def test_casts_leave_alone_what_is_no_tensor(leaf):
+    assert precision.get("mixed_float16").cast_to_compute([tf.ones([2]), leaf])[1] is leaf
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        (tf.ragged.constant([[1.0], [2.0, 3.0]]), lambda x: (x.flat_values, x.row_splits)),
+        (tf.sparse.from_dense([[1.0, 0.0]]), lambda x: (x.values, x.indices)),
+        (tf.IndexedSlices(tf.ones([1, 2]), tf.constant([0])), lambda x: (x.values, x.indices)),
+    ],
+)
+def test_casts_reach_the_values_of_ragged_and_sparse_tensors(value, parts):
+    cast = precision.get("mixed_float16").cast_to_compute({"x": value, "none": None})["x"]
+    assert type(cast) is type(value)
+    assert parts(cast)[0].dtype == tf.float16
+    assert parts(cast)[1].dtype == parts(value)[1].dtype
+
+
+@pytest.mark.parametrize("value", [np.ones(2), np.float64(1), tf.Variable([1.0]), keras.Variable([1.0])])
+def test_casts_take_arrays_and_variables(value):
+    assert precision.get("mixed_float16").cast_to_compute(value).dtype == tf.float16
 
 
 def test_native_casts_nothing():
@@ -88,6 +113,10 @@ def test_layers_named_by_a_regex_compute_in_float32(generation, patterns, held):
 def test_regex_that_finds_nothing_is_refused(pattern, message):
     with pytest.raises(InputError, match=message):
         precision.get("mixed_float16", [pattern]).hold_float32_layers(model())
+
+
+def test_one_regex_may_stand_alone():
+    assert precision.get("mixed_float16", "block/in$").float32_layers == ("block/in$",)
 
 
 def test_plan_names_layers_dtypes_and_parameters():
@@ -141,10 +170,10 @@ def test_native_float16_logits_are_refused_before_the_first_step(config):
 
 def test_layer_that_casts_back_silently_is_named_until_it_is_asked_for(config):
     config.model = ConfigDict({"fault": "silent cast"})
-    (warning,) = Bad(config).precision_warnings
-    assert "sequential/middle compute in float32 and cast their inputs back" in warning
+    assert "sequential/middle compute in float32 and cast their inputs back" in Bad(config).precision_warnings[0]
     config.precision.float32_layers = ("middle",)
-    assert Bad(config).precision_warnings == []
+    (logits,) = Bad(config).precision_warnings
+    assert "middle" not in logits
 
 
 def test_no_float16_run_on_a_cpu_takes_the_slow_kernels(mirrored):
@@ -154,3 +183,16 @@ def test_no_float16_run_on_a_cpu_takes_the_slow_kernels(mirrored):
         assert not chosen.jit_compile
         assert precision.kernels(True, False, mirrored(replicas)).widen
     assert not precision.kernels(False, "auto", mirrored(1)).widen
+
+
+@pytest.mark.parametrize(
+    ("jit_compile", "float16", "line"),
+    [
+        ("auto", True, "False (auto): float16 operations are computed in float32 and rounded"),
+        ("auto", False, "False (auto): XLA's convolutions are slower"),
+        (False, False, "False (as configured): TensorFlow's kernels"),
+        (True, True, "True (as configured): XLA compiles the step; its float16 is slow on a CPU"),
+    ],
+)
+def test_choice_of_kernels_says_who_chose_and_why(jit_compile, float16, line):
+    assert str(precision.kernels(float16, jit_compile, tf.distribute.get_strategy())).startswith(line)

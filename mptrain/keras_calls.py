@@ -1,0 +1,86 @@
+"""How the Keras layers of a model are called: a record made while the model is traced."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import keras
+import tensorflow as tf
+import tf_keras
+
+from mptrain import keras_compat
+
+_RNNS = (keras.layers.RNN, tf_keras.layers.RNN)
+
+
+@dataclasses.dataclass(eq=False)
+class LayerCall:
+    """One call of a Keras layer.
+
+    Attributes:
+        layer: the layer.
+        inputs: the tensors it was given, before it cast them.
+        outputs: the tensors it returned.
+        innermost: whether it called no other layer.
+    """
+
+    layer: object
+    inputs: list[tf.Tensor]
+    outputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    innermost: bool = True
+
+    def casts_16_bits(self) -> bool:
+        """Whether the layer casts a 16-bit input to another dtype, in which it computes."""
+        given = {tensor.dtype for tensor in self.inputs if tensor.dtype in (tf.float16, tf.bfloat16)}
+        return any(dtype.name != self.layer.compute_dtype for dtype in given) and keras_compat.casts_inputs(self.layer)
+
+    def computes(self) -> bool:
+        """Whether the layer has weights and is given floating tensors, which it casts if need be."""
+        floating = any(tensor.dtype.is_floating for tensor in self.inputs)
+        return floating and bool(self.layer.weights) and keras_compat.casts_inputs(self.layer)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[LayerCall]]:
+    """Yields a list that fills with the calls of Keras layers in the graph that is being traced, in forward order.
+
+    Calls in graphs inside it, such as those of an RNN's cell, belong to the layer that is called outside. For as long as the
+    context lasts, both generations' `Layer.__call__` is replaced: Keras offers no hook that sees inputs before their cast.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    calls, running = [], []
+    bases = (keras.Layer, tf_keras.layers.Layer)
+    originals = [base.__call__ for base in bases]
+    try:
+        for base, original in zip(bases, originals, strict=True):
+            base.__call__ = _recording(original, graph, calls, running)
+        yield calls
+    finally:
+        for base, original in zip(bases, originals, strict=True):
+            base.__call__ = original
+
+
+def _recording(original: Callable, graph: tf.Graph, calls: list[LayerCall], running: list[LayerCall]) -> Callable:
+    @functools.wraps(original)
+    def __call__(layer, *args, **kwargs):
+        in_rnn = running and isinstance(running[-1].layer, _RNNS)  # calls its cell here once, to see what it returns
+        if in_rnn or tf.compat.v1.get_default_graph() is not graph:
+            return original(layer, *args, **kwargs)
+        call = LayerCall(layer, _tensors((args, kwargs)))
+        calls.append(call)
+        for outer in running:
+            outer.innermost = False
+        running.append(call)
+        try:
+            outputs = original(layer, *args, **kwargs)
+        finally:
+            running.pop()
+        call.outputs = _tensors(outputs)
+        return outputs
+
+    return __call__
+
+
+def _tensors(tree) -> list[tf.Tensor]:
+    return [value for value in tf.nest.flatten(tree, expand_composites=True) if isinstance(value, tf.Tensor)]
