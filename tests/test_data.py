@@ -1,49 +1,39 @@
-import gzip
-import shutil
+"""Batches for replicas, from every kind of source, opened at any step."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from ml_collections import ConfigDict
 
+import mptrain
 from mptrain import InputError
-from mptrain.data import Source, eval_dataset, eval_steps, load, replica_share, sources, train_dataset
-
-
-def group(name="idx", folder=""):
-    return ConfigDict({"name": name, "dir": str(folder)})
+from mptrain.data import (
+    DatasetSource,
+    IndexedSource,
+    Source,
+    TrainingBatches,
+    as_source,
+    eval_dataset,
+    eval_steps,
+    load,
+    replica_share,
+)
 
 
 def numbers(n):
     return Source({"inputs": np.arange(n)})
 
 
-def drawn(source, strategy, *, batch_size, start, steps, seed=0):
-    """Returns the numbers of the examples of each global batch, [steps, batch_size]."""
-    dataset = train_dataset(source, batch_size=batch_size, seed=seed, start_step=start, strategy=strategy)
-    batches = []
-    for _, batch in zip(range(steps), dataset, strict=False):
-        local = strategy.experimental_local_results(batch["inputs"])
-        batches.append(np.concatenate([part.numpy() for part in local]))
-    return np.stack(batches)
+def group(**fields):
+    config = mptrain.default_config().data
+    config.update(fields)
+    return config
 
 
-def test_every_epoch_is_a_permutation_and_batches_span_the_seam(mirrored):
-    stream = drawn(numbers(10), mirrored(1), batch_size=4, start=0, steps=15).ravel()
-    for epoch in stream.reshape(6, 10):
-        assert sorted(epoch) == list(range(10))
-    assert len({tuple(epoch) for epoch in stream.reshape(6, 10)}) == 6
-
-
-@pytest.mark.parametrize("examples", [4, 10, 100, 1000])
-def test_permutations_are_as_random_as_they_should_be(mirrored, examples):
-    """A uniform permutation leaves one example in its place on average, and one pair of neighbours together."""
-    epochs = 400
-    order = drawn(numbers(examples), mirrored(1), batch_size=examples, start=0, steps=epochs)
-    in_place = (order == np.arange(examples)).sum(axis=1).mean()
-    neighbours = (np.diff(order, axis=1) == 1).sum(axis=1).mean()
-    assert in_place == pytest.approx(1, abs=5 / np.sqrt(epochs))
-    assert neighbours == pytest.approx((examples - 1) / examples, abs=5 / np.sqrt(epochs))
+def drawn(source, strategy, *, batch_size, start=0, steps=1, seed=0, folder=None):
+    """Returns the inputs of `steps` global batches from step `start` on."""
+    batches = TrainingBatches(as_source(source), batch_size=batch_size, seed=seed, strategy=strategy)
+    iterator = batches.open(start, folder)
+    return np.stack([next(iterator)["inputs"].numpy() for _ in range(steps)])
 
 
 @pytest.mark.parametrize("start", [1, 7, 10**9])
@@ -60,98 +50,25 @@ def test_order_does_not_depend_on_the_number_of_replicas(mirrored, replicas):
     np.testing.assert_array_equal(drawn(source, mirrored(replicas), batch_size=12, start=5, steps=6), one)
 
 
-def test_another_seed_gives_another_order(mirrored):
-    first, second = (drawn(numbers(100), mirrored(1), batch_size=100, start=0, steps=1, seed=seed) for seed in (0, 1))
-    assert not np.array_equal(first, second)
-
-
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 4), (12, 4), (1, 4), (7, 7), (100, 32)])
-def test_evaluation_gives_weight_one_to_every_example_exactly_once(mirrored, replicas, examples, batch_size):
-    strategy = mirrored(replicas)
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+def test_evaluation_counts_every_example_exactly_once(mirrored, replicas, examples, batch_size, kind):
     source = numbers(examples)
-    seen = []
-    dataset = eval_dataset(source, batch_size=batch_size, strategy=strategy)
-    count = 0
-    for batch in dataset:
+    if kind == "dataset":
+        source = DatasetSource(tf.data.Dataset.range(examples).batch(batch_size).map(lambda x: {"inputs": x}))
+    seen, count = [], 0
+    for batch in eval_dataset(source, batch_size=batch_size, strategy=mirrored(replicas)):
         count += 1
-        for part, weight in zip(*(strategy.experimental_local_results(batch[k]) for k in ("inputs", "weight")), strict=True):
-            seen += part.numpy()[weight.numpy() == 1].tolist()
+        assert len(batch["inputs"]) % replicas == 0
+        seen += batch["inputs"].numpy()[batch["weight"].numpy() == 1].tolist()
     assert count == eval_steps(source, batch_size)
     assert sorted(seen) == list(range(examples))
 
 
-def test_embedded_mnist_is_the_real_one():
-    train, evaluation = load(group("mnist"), "train"), load(group("mnist"), "eval")
-    assert train.arrays["inputs"].shape == (60000, 28, 28, 1)
-    assert evaluation.arrays["inputs"].shape == (10000, 28, 28, 1)
-    assert train.arrays["inputs"].dtype == np.uint8
-    assert train.arrays["targets"][:5].tolist() == [5, 0, 4, 1, 9]
-    assert np.bincount(evaluation.arrays["targets"]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-
-
-@pytest.fixture
-def idx_folder(tmp_path):
-    """The evaluation files of MNIST as a folder of the user's, one plain and one compressed."""
-    images, labels = sources._FILES["eval"]
-    (tmp_path / images).write_bytes(gzip.decompress((sources._MNIST / f"{images}.gz").read_bytes()))
-    shutil.copy(sources._MNIST / f"{labels}.gz", tmp_path)
-    return tmp_path
-
-
-def test_idx_folder_is_read_plain_and_compressed(idx_folder):
-    mine, embedded = load(group(folder=idx_folder), "eval"), load(group("mnist"), "eval")
-    for name in ("inputs", "targets"):
-        np.testing.assert_array_equal(mine.arrays[name], embedded.arrays[name])
-
-
-def test_missing_file_is_named(idx_folder):
-    with pytest.raises(InputError, match="train-images-idx3-ubyte .*not found: set config.data.dir"):
-        load(group(folder=idx_folder), "train")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "no idx", "bad gzip", "other labels"])
-def test_damaged_file_is_named(idx_folder, damage):
-    images, labels = (idx_folder / name for name in sources._FILES["eval"])
-    if damage == "truncated":
-        images.write_bytes(images.read_bytes()[:-1])
-    elif damage == "empty":
-        images.write_bytes(b"")
-    elif damage == "no idx":
-        images.write_bytes(b"GIF89a" * 100)
-    elif damage == "bad gzip":
-        packed = labels.with_name(f"{labels.name}.gz")
-        packed.write_bytes(packed.read_bytes()[:-10])
-    else:
-        labels.with_name(f"{labels.name}.gz").unlink()
-        labels.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 4]))
-    with pytest.raises(InputError, match=str(idx_folder)):
-        load(group(folder=idx_folder), "eval")
-
-
-def test_flipped_byte_in_the_embedded_files_is_noticed(tmp_path, monkeypatch):
-    for name in sources._FILES["eval"]:
-        content = bytearray(gzip.decompress((sources._MNIST / f"{name}.gz").read_bytes()))
-        content[-1] ^= 1
-        (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(sources, "_MNIST", tmp_path)
-    with pytest.raises(InputError, match="MD5"):
-        load(group("mnist"), "eval")
-
-
-def test_unknown_source_is_refused():
-    with pytest.raises(InputError, match="config.data.name is 'imagenet'"):
-        load(group("imagenet"), "train")
-
-
-def test_arrays_of_different_lengths_are_refused():
-    with pytest.raises(InputError, match="same number"):
-        Source({"inputs": np.zeros(3), "targets": np.zeros(2)})
-
-
 def test_replicas_share_a_batch_evenly_with_static_shapes(mirrored):
     strategy = mirrored(3)
-    dataset = train_dataset(numbers(100), batch_size=12, seed=0, start_step=0, strategy=strategy)
+    batch = next(TrainingBatches(numbers(100), batch_size=12, seed=0, strategy=strategy).open(0))
 
     @tf.function
     def shares(batch):
@@ -162,5 +79,255 @@ def test_replicas_share_a_batch_evenly_with_static_shapes(mirrored):
 
         return strategy.experimental_local_results(strategy.run(share, args=(batch,)))
 
-    batch = next(iter(dataset))
     np.testing.assert_array_equal(np.concatenate([part.numpy() for part in shares(batch)]), batch["inputs"].numpy())
+
+
+def test_arrays_of_different_lengths_are_refused():
+    with pytest.raises(InputError, match="same number"):
+        Source({"inputs": np.zeros(3), "targets": np.zeros(2)})
+
+
+class Squares:
+    """Examples that are computed when they are asked for."""
+
+    def __init__(self, n):
+        self.asked = set()
+        self._n = n
+
+    def __len__(self):
+        return self._n
+
+    def __getitem__(self, i):
+        if not 0 <= i < self._n:
+            raise IndexError(i)
+        self.asked.add(i)
+        return {"inputs": np.array([i, i * i], np.float32), "targets": i}
+
+
+class SquaresInBatches(Squares):
+    def __getitems__(self, indices):
+        return [(example["inputs"], example["targets"]) for example in map(self.__getitem__, indices)]
+
+
+@pytest.mark.parametrize("kind", [Squares, SquaresInBatches])
+def test_examples_are_read_by_number_when_they_are_needed(mirrored, kind):
+    examples = kind(10**7)
+    batch = drawn(examples, mirrored(1), batch_size=4, start=10**6)[0]
+    assert batch.shape == (4, 2)
+    np.testing.assert_array_equal(batch[:, 1], batch[:, 0] ** 2)
+    assert len(examples.asked) <= 1 + 4 * 8  # the first, and what the prefetching reads ahead
+
+
+def test_the_same_examples_come_in_the_same_order_from_memory_and_on_demand(mirrored, tmp_path):
+    array = np.arange(100, dtype=np.float32)
+    np.save(tmp_path / "array.npy", array)
+    mapped = Source({"inputs": np.load(tmp_path / "array.npy", mmap_mode="r")})
+    indexed = IndexedSource([{"inputs": value} for value in array])
+    first, *others = (drawn(s, mirrored(2), batch_size=6, steps=20) for s in (Source({"inputs": array}), mapped, indexed))
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
+def pipeline(savable, seed=3):
+    dataset = tf.data.Dataset.range(40).shuffle(40, seed=seed).batch(4, drop_remainder=True)
+    if not savable:
+        dataset = dataset.map(lambda x: tf.numpy_function(lambda y: y, [x], tf.int64)).map(lambda x: tf.ensure_shape(x, [4]))
+    return dataset.map(lambda x: (x, x))
+
+
+@pytest.mark.parametrize("savable", [True, False])
+def test_position_in_a_users_dataset_is_saved_or_counted(mirrored, tmp_path, savable):
+    straight = drawn(pipeline(savable), mirrored(1), batch_size=4, steps=25)
+    batches = TrainingBatches(DatasetSource(pipeline(savable)), batch_size=4, seed=0, strategy=mirrored(1))
+    assert ("saved" if savable else "counted") in str(batches)
+    iterator = batches.open(0)
+    for _ in range(13):
+        next(iterator)
+    batches.save(tmp_path)
+    assert (tmp_path / "iterator.index").exists() == savable
+    resumed = drawn(pipeline(savable), mirrored(1), batch_size=4, start=13, steps=12, folder=tmp_path)
+    np.testing.assert_array_equal(resumed, straight[13:])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (lambda: tf.data.Dataset.range(40).batch(4), "drop_remainder=True"),
+        (lambda: tf.data.Dataset.range(40).batch(8, drop_remainder=True), "batches of 8"),
+        (lambda: tf.data.Dataset.range(40), "must yield batches"),
+    ],
+)
+def test_dataset_of_other_batches_is_refused(mirrored, dataset, message):
+    with pytest.raises(InputError, match=message):
+        TrainingBatches(DatasetSource(dataset().map(lambda x: {"inputs": x})), batch_size=4, seed=0, strategy=mirrored(1))
+
+
+def test_endless_dataset_has_no_epochs_and_no_evaluation():
+    source = DatasetSource(tf.data.Dataset.range(40).batch(4, drop_remainder=True).repeat().map(lambda x: {"inputs": x}))
+    with pytest.raises(InputError, match="never ends: set config.train.steps"):
+        len(source)
+    with pytest.raises(InputError, match="never ends"):
+        eval_steps(source, 4)
+
+
+def test_what_is_no_source_is_refused():
+    with pytest.raises(InputError, match="build_source.. returns int"):
+        as_source(3)
+
+
+# The sources that config.data.name names.
+
+
+def test_unknown_source_is_refused():
+    with pytest.raises(InputError, match="config.data.name is 'imagenet'"):
+        load(group(name="imagenet"), "train")
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_npz_is_read_from_a_file_or_a_folder(tmp_path, folder):
+    x = np.arange(6.0).reshape(3, 2)
+    if folder:
+        np.savez(tmp_path / "train.npz", inputs=x, targets=np.arange(3))
+    else:
+        np.savez(tmp_path / "all.npz", x_train=x, y_train=np.arange(3), x_test=x, y_test=x)
+    source = load(group(name="npz", dir=str(tmp_path if folder else tmp_path / "all.npz")), "train")
+    np.testing.assert_array_equal(source.arrays["inputs"], x)
+    np.testing.assert_array_equal(source.arrays["targets"], [0, 1, 2])
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "other names", "other lengths"])
+def test_damaged_npz_is_named(tmp_path, damage):
+    file = tmp_path / "all.npz"
+    if damage == "text":
+        file.write_text("no archive")
+    elif damage != "missing":
+        names = ("a", "b") if damage == "other names" else ("x_train", "y_train")
+        np.savez(file, **{names[0]: np.zeros(3), names[1]: np.zeros(2 if damage == "other lengths" else 3)})
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match="all.npz"):
+        load(group(name="npz", dir=str(file)), "train")
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_text_is_cut_in_windows_and_its_end_is_for_evaluation(tmp_path, folder):
+    text = bytes(range(200))
+    if folder:
+        (tmp_path / "a.py").write_bytes(text[:90])
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "b.py").write_bytes(text[90:])
+        (tmp_path / "c.pyc").write_bytes(b"not this")
+    else:
+        (tmp_path / "text").write_bytes(text)
+    path = str(tmp_path if folder else tmp_path / "text")
+    config = group(name="bytes", dir=path, pattern="*.py", context=10, eval_fraction=0.2)
+    train, evaluation = load(config, "train"), load(config, "eval")
+    assert (len(train), len(evaluation)) == (15, 3)
+    batch = train.open()(tf.constant([0, 14], tf.int64))
+    np.testing.assert_array_equal(batch["inputs"], [range(10), range(140, 150)])
+    np.testing.assert_array_equal(batch["targets"], [range(1, 11), range(141, 151)])
+    assert batch["inputs"].dtype == tf.uint8
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short"])
+def test_text_that_cannot_be_used_is_named(tmp_path, content):
+    file = tmp_path / "text"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=str(file)):
+        load(group(name="bytes", dir=str(file)), "train")
+
+
+def test_synthetic_examples_are_a_function_of_their_number_whatever_the_size():
+    small, large = (load(group(name="synthetic", examples=n, shape=(4, 4, 3), classes=7), "train") for n in (10, 10**12))
+    assert len(large) == 10**12
+    index = tf.constant([9, 0, 3], tf.int64)
+    left, right = small.open()(index), large.open()(index)
+    np.testing.assert_array_equal(left["inputs"], right["inputs"])
+    np.testing.assert_array_equal(left["targets"], [2, 0, 3])
+    assert left["inputs"].shape == [3, 4, 4, 3]
+
+
+def test_synthetic_noise_is_uniform_and_differs_between_examples_and_splits():
+    train, evaluation = (load(group(name="synthetic", shape=(50,), classes=1), split) for split in ("train", "eval"))
+    index = tf.range(2000, dtype=tf.int64)
+    left, right = (source.open()(index)["inputs"].numpy() for source in (train, evaluation))
+    noise = left - left.mean(axis=0)
+    assert noise.std() == pytest.approx(1 / np.sqrt(3), rel=0.01)
+    assert abs(np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(noise.ravel(), (right - right.mean(axis=0)).ravel())[0, 1]) < 0.02
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    """A data folder of TensorFlow Datasets with the data set "tiny": 20 images for training, 7 for testing."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image, label = tfds.features.Image(shape=(4, 4, 1)), tfds.features.ClassLabel(num_classes=3)
+            features = tfds.features.FeaturesDict({"image": image, "label": label, "id": np.int64})
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+        def _split_generators(self, downloads):
+            return {"train": self._generate_examples(20), "test": self._generate_examples(7)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"image": np.full((4, 4, 1), i, np.uint8), "label": i % 3, "id": i}
+
+    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_tfds_data_set_is_read_on_demand_and_seen_once_an_epoch(tfds_folder, mirrored):
+    config = group(name="tfds:tiny", dir=str(tfds_folder))
+    train, evaluation = load(config, "train"), load(config, "eval")
+    assert (len(train), len(evaluation)) == (20, 7)
+    epoch = drawn(train, mirrored(2), batch_size=4, steps=5)[..., 0, 0, 0]
+    assert sorted(epoch.ravel()) == list(range(20))
+    assert train.spec["targets"].shape == []
+
+
+def test_tfds_data_set_that_is_not_there_is_a_clear_error(tfds_folder):
+    with pytest.raises(InputError, match="download it with `tfds build mnist --file_format=array_record`"):
+        load(group(name="tfds:mnist", dir=str(tfds_folder)), "train")
+    with pytest.raises(InputError, match="nosuch"):
+        load(group(name="tfds:nosuch", dir=str(tfds_folder)), "train")
+
+
+@pytest.mark.parametrize(("first", "later"), [([1, 2], [0.5, 0.25]), (np.uint8([1, 2]), [300, 1]), ([1, 2], [np.nan, 1e20])])
+def test_example_that_does_not_fit_the_firsts_dtype_is_an_error_not_another_number(first, later, mirrored):
+    source = as_source([{"inputs": np.asarray(value), "targets": 0} for value in (first, later)])
+    batches = TrainingBatches(source, batch_size=2, seed=0, strategy=mirrored(1))
+    with pytest.raises(tf.errors.OpError, match="'inputs' of an example is"):
+        next(batches.open(0))
+
+
+def test_python_code_before_a_shuffle_is_counted_not_saved(mirrored):
+    examples = tf.data.Dataset.from_generator(lambda: iter(range(100)), output_signature=tf.TensorSpec([], tf.int32))
+    dataset = examples.map(lambda i: {"inputs": i, "targets": i}).shuffle(20, seed=1).batch(12, drop_remainder=True)
+    assert "counted" in str(TrainingBatches(as_source(dataset), batch_size=12, seed=0, strategy=mirrored(1)))
+
+
+@pytest.mark.parametrize(
+    "examples", [np.zeros([5, 2]), [1, 2, 3], [(1, 2, 3), (1, 2, 3)], 7], ids=["array", "numbers", "triples", "number"]
+)
+def test_examples_of_no_known_kind_are_refused(examples):
+    with pytest.raises(InputError, match="pair \\(inputs, targets\\)"):
+        as_source(examples)
+
+
+@pytest.mark.parametrize("examples", [{"inputs": [1, 2, 3]}, ([1, 2, 3], [4, 5, 6])], ids=["mapping", "pair"])
+def test_lists_are_taken_for_arrays(examples):
+    assert len(as_source(examples)) == 3
+
+
+def test_weights_that_the_examples_bring_count_in_evaluation(mirrored):
+    source = Source({"inputs": np.arange(3), "weight": np.float32([0.5, 0.25, 2.0])})
+    batches = list(eval_dataset(source, batch_size=2, strategy=mirrored(1)))
+    assert [batch["weight"].numpy().tolist() for batch in batches] == [[0.5, 0.25], [2.0, 0.0]]

@@ -1,56 +1,103 @@
-"""The seekable pipeline: batch number s is a function of (seed, s), so it opens at any step at once.
+"""Batches for the replicas of a strategy, opened at any step.
 
-Example i of the endless training stream belongs to epoch i // n, and each epoch is a keyed permutation of the n examples
-(`tf.raw_ops.RandomIndexShuffle`), computed index by index and stored nowhere. Step s takes the stream's examples
-[s * batch_size, (s + 1) * batch_size). At an epoch's seam a batch holds the last examples of one epoch and the first of the
-next; none is dropped and none is repeated within its epoch.
+Where examples are read by number, batch s is a function of (seed, s): see `order`. In a user's own `tf.data.Dataset` the
+position is the state of its iterator where TensorFlow can save that, and the number of batches to skip where it cannot.
 
-Every worker takes its slice of the global batch by index arithmetic, and every replica its slice of that, so the order does
-not depend on their number.
+Plain datasets, not distributed ones: the iterators of the latter hold a tuning thread that TensorFlow waits for, up to a
+minute, whenever one of them goes. Each worker draws its share of the global batch, and `replica_share` cuts that up.
 """
 
-import math
+import contextlib
+import os
+import pathlib
+import tempfile
 
 import tensorflow as tf
 
-from mptrain.data.sources import Source
+from mptrain.data import order
+from mptrain.data.sources import AnySource, DatasetSource, eval_steps
 from mptrain.errors import InputError
+from mptrain.workers import Workers, local_devices
 
-# Of the block cipher behind the permutation. TensorFlow's own default, 4, leaves every second of 100 examples in its place;
-# with 8 no bias is left from 4 examples to 60,000 (`tests/test_data.py`).
-_SHUFFLE_ROUNDS = 8
 _END = 2**62  # steps: without end
+_ITERATOR = "iterator"  # prefix of the files in which an iterator's state is saved
 
 
-def train_dataset(
-    source: Source, *, batch_size: int, seed: int, start_step: int, strategy: tf.distribute.Strategy
-) -> tf.data.Dataset:
-    """Returns the endless training batches from `start_step` on, for the replicas of this worker.
+class TrainingBatches:
+    """The endless training batches of one run, for the replicas of this worker.
 
     Args:
         source: the examples.
         batch_size: of the global batch.
         seed: of the order.
-        start_step: the first batch's number; any number opens as fast as 0.
         strategy: its replicas share each global batch evenly.
 
-    Returns:
-        A dataset of dicts of tensors [batch_size / workers, ...]; `replica_share` cuts them up.
-
     Raises:
-        InputError: if the batch size is not divisible by the number of replicas.
+        InputError: if the replicas cannot share the batch, or a dataset has batches of another size.
     """
-    share = per_replica(batch_size, strategy)
-    examples = len(source)
 
-    def batch(tables, step, first, local):
-        position = step * batch_size + first * share + tf.range(local * share, dtype=tf.int64)
-        return _gather(tables, _shuffled(position % examples, position // examples, seed, examples))
+    def __init__(self, source: AnySource, *, batch_size: int, seed: int, strategy: tf.distribute.Strategy):
+        per_replica(batch_size, strategy)
+        self._by_number = not isinstance(source, DatasetSource)
+        if not self._by_number and source.batch_size != batch_size:
+            raise InputError(
+                f"config.data.batch_size is {batch_size} and the tf.data.Dataset yields batches of {source.batch_size}: give"
+                " both the size of the global batch"
+            )
+        self._source = source
+        self._batch_size = batch_size
+        self._seed = seed
+        self._strategy = strategy
+        self._iterator = None
+        self._savable = not self._by_number and self._can_be_saved()
 
-    return _dataset(source, batch, start_step, _END, strategy)
+    def __str__(self) -> str:
+        if self._by_number:
+            return f"{len(self._source):,} examples; each batch is a function of (seed, step)"
+        how = "the iterator's state, saved" if self._savable else "counted; a resumed run skips the batches it has seen"
+        return f"a tf.data.Dataset; the position in it is {how}"
+
+    def open(self, step: int, folder: pathlib.Path | None = None):
+        """Returns an iterator whose first batch is that of `step`: dicts of tensors [batch_size / workers, ...].
+
+        Args:
+            step: any number opens as fast as 0, but in a dataset whose position is counted.
+            folder: where `save` was called at this step.
+        """
+        saved = self._savable and folder is not None and (folder / f"{_ITERATOR}.index").exists()
+        self._iterator = iter(self._dataset(0 if saved else step))
+        if saved:
+            tf.train.Checkpoint(iterator=self._iterator).read(str(folder / _ITERATOR)).assert_consumed()
+        return self._iterator
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the position to `folder`, where it is more than the step."""
+        if self._savable and self._iterator is not None:
+            tf.train.Checkpoint(iterator=self._iterator).write(str(folder / _ITERATOR))
+
+    def _dataset(self, step: int) -> tf.data.Dataset:
+        if self._by_number:
+            return _numbered(self._source, self._batch, step, _END)
+        places = _places(self._batch_size, self._strategy)
+        mine = self._source.dataset.repeat().skip(step)
+        if len(places) < self._batch_size:
+            mine = mine.map(lambda batch: {name: tensor[places.start : places.stop] for name, tensor in batch.items()})
+        return mine
+
+    def _batch(self, step: tf.Tensor, read) -> dict:
+        places = _places(self._batch_size, self._strategy)
+        return read(order.training(step, places, batch_size=self._batch_size, examples=len(self._source), seed=self._seed))
+
+    def _can_be_saved(self) -> bool:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(tf.errors.OpError):
+            iterator = iter(self._dataset(0))
+            next(iterator, None)  # what stands behind a shuffle is only opened, and can only refuse, once it is asked
+            tf.train.Checkpoint(iterator=iterator).write(os.path.join(folder, _ITERATOR))
+            return True
+        return False
 
 
-def eval_dataset(source: Source, *, batch_size: int, strategy: tf.distribute.Strategy) -> tf.data.Dataset:
+def eval_dataset(source: AnySource, *, batch_size: int, strategy: tf.distribute.Strategy) -> tf.data.Dataset:
     """Returns the batches of one evaluation: every example once, in order; the last batch is padded with a weight of 0.
 
     Args:
@@ -62,23 +109,15 @@ def eval_dataset(source: Source, *, batch_size: int, strategy: tf.distribute.Str
         A dataset of `eval_steps(source, batch_size)` dicts of tensors [batch_size / workers, ...] (rounded up to a
         multiple of the replicas), with "weight" beside the source's own; `replica_share` cuts them up.
     """
-    share = math.ceil(batch_size / strategy.num_replicas_in_sync)
-    examples = len(source)
+    places = _places(batch_size, strategy)
+    if isinstance(source, DatasetSource):
+        return source.dataset.map(lambda batch: _padded(batch, places, batch_size))
 
-    def batch(tables, step, first, local):
-        position = step * batch_size + first * share + tf.range(local * share, dtype=tf.int64)
-        last = tf.minimum(
-            tf.constant(examples, tf.int64), (step + 1) * batch_size
-        )  # a share rounded up reaches into the next batch
-        real = tf.cast(position < last, tf.float32)
-        return _gather(tables, tf.minimum(position, examples - 1)) | {"weight": real}
+    def batch(step, read):
+        index, weight = order.evaluation(step, places, batch_size=batch_size, examples=len(source))
+        return _weighted(read(index), weight)
 
-    return _dataset(source, batch, 0, eval_steps(source, batch_size), strategy)
-
-
-def eval_steps(source: Source, batch_size: int) -> int:
-    """Returns the number of batches in one evaluation."""
-    return math.ceil(len(source) / batch_size)
+    return _numbered(source, batch, 0, eval_steps(source, batch_size))
 
 
 def per_replica(batch_size: int, strategy: tf.distribute.Strategy) -> int:
@@ -97,46 +136,9 @@ def per_replica(batch_size: int, strategy: tf.distribute.Strategy) -> int:
     return batch_size // replicas
 
 
-def _shuffled(index: tf.Tensor, epoch: tf.Tensor, seed: int, examples: int) -> tf.Tensor:
-    """Returns where the epoch's permutation sends each index, int64 [n]."""
-    word = tf.constant(2**32, tf.int64)
-    seeds = tf.stack([tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64)), epoch % word, epoch // word], axis=1)
-    return tf.raw_ops.RandomIndexShuffle(
-        index=index,
-        seed=tf.cast(seeds, tf.uint32),
-        max_index=tf.constant(examples - 1, tf.int64),
-        rounds=_SHUFFLE_ROUNDS,
-    )
-
-
-def _gather(tables: dict, index: tf.Tensor) -> dict:
-    return {name: tf.gather(table, index) for name, table in tables.items()}
-
-
-def _dataset(source: Source, batch, start: int, end: int, strategy: tf.distribute.Strategy) -> tf.data.Dataset:
-    """Maps the numbers of steps to this worker's batches.
-
-    A plain dataset, not a distributed one: the iterators of the latter hold a tuning thread that TensorFlow waits for, up to
-    a minute, whenever one of them goes.
-    """
-    with tf.device("CPU:0"):
-        tables = {name: tf.constant(array) for name, array in source.arrays.items()}
-    local = len(strategy.extended.worker_devices)
-    first = _worker(strategy) * local
-    options = tf.data.Options()
-    options.autotune.enabled = False  # the same thread; and there is nothing to tune
-    steps = tf.data.Dataset.range(start, end)
-    return steps.map(lambda step: batch(tables, step, first, local), num_parallel_calls=1).prefetch(4).with_options(options)
-
-
-def _worker(strategy: tf.distribute.Strategy) -> int:
-    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-    return strategy.cluster_resolver.task_id or 0 if several else 0
-
-
 def replica_share(batch: dict, strategy: tf.distribute.Strategy) -> dict:
     """Returns this replica's share of its worker's batch; in a replica."""
-    local = len(strategy.extended.worker_devices)
+    local = len(local_devices(strategy))
     if local == 1:
         return batch
     index = tf.distribute.get_replica_context().replica_id_in_sync_group % local
@@ -146,3 +148,37 @@ def replica_share(batch: dict, strategy: tf.distribute.Strategy) -> dict:
         return tf.ensure_shape(value[index * size : (index + 1) * size], [size, *value.shape[1:]])
 
     return tf.nest.map_structure(share, batch)
+
+
+def _numbered(source, batch, start: int, end: int) -> tf.data.Dataset:
+    """Returns the dataset of batch(step, read) for the steps from `start` to `end`; `read` gets examples by number."""
+    read = source.open()
+    options = tf.data.Options()
+    options.autotune.enabled = False  # holds the same thread; and there is nothing to tune
+    steps = tf.data.Dataset.range(start, end)
+    return steps.map(lambda step: batch(step, read), num_parallel_calls=2).prefetch(4).with_options(options)
+
+
+def _places(batch_size: int, strategy: tf.distribute.Strategy) -> range:
+    """Returns which places of the global batch belong to the replicas of this worker."""
+    workers = Workers(strategy)
+    return order.shard(
+        batch_size, workers.index * workers.local_replicas, workers.local_replicas, strategy.num_replicas_in_sync
+    )
+
+
+def _padded(batch: dict, places: range, batch_size: int) -> dict:
+    """Returns the places of a batch that may have fewer examples than `batch_size`, with their weights."""
+    count = tf.shape(next(iter(batch.values())))[0]
+    with tf.control_dependencies(
+        [tf.debugging.assert_less_equal(count, batch_size, "a batch is larger than config.data.eval_batch_size")]
+    ):
+        index = tf.range(places.start, places.stop)
+    rows = {name: tf.gather(tensor, tf.minimum(index, count - 1)) for name, tensor in batch.items()}
+    return _weighted(rows, tf.cast(index < count, tf.float32))
+
+
+def _weighted(rows: dict, weight: tf.Tensor) -> dict:
+    """Returns the rows with their weights, which are also those that the examples bring, where they do."""
+    own = tf.cast(rows["weight"], tf.float32) if "weight" in rows else 1.0
+    return {**rows, "weight": weight * own}

@@ -1,112 +1,226 @@
-"""Where examples come from: the embedded MNIST, a folder of IDX files, arrays."""
+"""What examples are read from: arrays in memory, anything that can be read by index, or the user's own `tf.data.Dataset`."""
 
-import dataclasses
-import gzip
-import hashlib
-import pathlib
-import struct
-import zlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
+import tensorflow as tf
 
 from mptrain.errors import InputError
 
-_MNIST = pathlib.Path(__file__).parent / "mnist"
-_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "eval": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
-# Of the uncompressed files, the same that public loaders check against.
-_MNIST_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-_IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+Batch = Mapping[str, tf.Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
 class Source:
     """Examples in memory.
 
+    Args:
+        arrays: name -> array; the first dimension, equal in all, counts the examples. A `np.memmap` stays on its disk.
+
     Attributes:
-        arrays: name -> array; the first dimension, equal in all, counts the examples.
+        arrays: as given.
+        spec: name -> `tf.TensorSpec` of one example.
 
     Raises:
         InputError: if there is no example, or the arrays do not have the same number of them.
     """
 
-    arrays: Mapping[str, np.ndarray]
-
-    def __post_init__(self):
-        sizes = {name: len(array) for name, array in self.arrays.items()}
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        sizes = {name: len(array) for name, array in arrays.items()}
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise InputError(f"a source needs arrays with the same number of examples, at least one; these have {sizes}")
+        self.arrays = arrays
+        self.spec = {name: tf.TensorSpec(array.shape[1:], array.dtype, name) for name, array in arrays.items()}
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
+    def open(self) -> Callable[[tf.Tensor], Batch]:
+        """Returns a graph function from the numbers of examples, int64 [n], to the batch of them."""
+        if any(isinstance(array, np.memmap) for array in self.arrays.values()):
+            return _reader(lambda index: {name: array[index] for name, array in self.arrays.items()}, self.spec)
+        with tf.device("CPU:0"):
+            tables = {name: tf.constant(array) for name, array in self.arrays.items()}
+        return lambda index: {name: tf.gather(table, index) for name, table in tables.items()}
 
-def load(config: ConfigDict, split: str) -> Source:
-    """Returns the source that `config` (the group `data`) names.
+    def first(self) -> Batch:
+        """Returns the first example, as a batch of one."""
+        return {name: tf.constant(array[:1]) for name, array in self.arrays.items()}
+
+
+class IndexedSource:
+    """Examples that are read by their number when they are needed, such as those of a file larger than the memory.
 
     Args:
-        config: name and dir are read.
-        split: "train" or "eval".
+        examples: has `len(examples)` and `examples[i]`, a mapping of arrays or numbers, or a pair (inputs, targets). Where
+            it has `read(indices) -> mapping of arrays [n, ...]` or `__getitems__(indices) -> list`, whole batches are asked
+            for. Must be a pure function of i.
 
-    Returns:
-        A source with "inputs", uint8 [n, height, width, 1], and "targets", int32 [n].
+    Attributes:
+        spec: name -> `tf.TensorSpec` of one example, taken from the first.
 
     Raises:
-        InputError: if the source does not exist, or a file is missing or damaged.
+        InputError: if there is no example, or the first is none.
     """
-    if config.name == "mnist":
-        return _idx_source(_MNIST, split, _MNIST_MD5)
-    if config.name == "idx":
-        return _idx_source(pathlib.Path(config.dir), split, {})
-    raise InputError(f"config.data.name is {config.name!r}: write 'mnist' or 'idx', or override build_source() in your Trainer")
+
+    def __init__(self, examples):
+        self._examples = examples
+        if not len(examples):
+            raise InputError(f"{type(examples).__name__} has no examples: a source needs at least one")
+        first = self._read(np.arange(1))
+        self.spec = {name: tf.TensorSpec(array.shape[1:], array.dtype, name) for name, array in first.items()}
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def open(self) -> Callable[[tf.Tensor], Batch]:
+        """Returns a graph function from the numbers of examples, int64 [n], to the batch of them."""
+        return _reader(self._read, self.spec)
+
+    def first(self) -> Batch:
+        """Returns the first example, as a batch of one."""
+        return {name: tf.constant(array) for name, array in self._read(np.arange(1)).items()}
+
+    def _read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        if hasattr(self._examples, "read"):
+            return dict(self._examples.read(index))
+        if hasattr(self._examples, "__getitems__"):
+            found = self._examples.__getitems__(index.tolist())
+        else:
+            found = [self._examples[int(i)] for i in index]
+        rows = [_named(example) for example in found]
+        return {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
 
 
-def _idx_source(folder: pathlib.Path, split: str, checksums: Mapping[str, str]) -> Source:
-    images, labels = (_read_idx(folder, name, checksums.get(name)) for name in _FILES[split])
-    if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
-        raise InputError(
-            f"{folder}: the {split} images have the shape {images.shape} and the labels"
-            f" {labels.shape}: they do not belong together"
-        )
-    if images.ndim == 3:
-        images = images[..., np.newaxis]
-    return Source({"inputs": images, "targets": labels.astype(np.int32)})
+class DatasetSource:
+    """The user's own pipeline. What a batch holds is then up to it; all that mptrain can keep is the position in it.
+
+    Args:
+        dataset: yields global batches, each a mapping with "inputs" and "targets" or a pair of them. For training it is
+            repeated without end, and its batches have `data.batch_size` examples (`drop_remainder=True`); for evaluation it
+            ends, and its batches have at most `data.eval_batch_size`. A shuffle in it needs a seed to be resumed exactly.
+
+    Attributes:
+        spec: name -> `tf.TensorSpec` of one example.
+
+    Raises:
+        InputError: if its elements are no batches.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset):
+        self.dataset = dataset.map(_named) if not isinstance(dataset.element_spec, Mapping) else dataset
+        specs = self.dataset.element_spec
+        if any(not isinstance(spec, tf.TensorSpec) or not spec.shape.rank for spec in specs.values()):
+            raise InputError(f"a tf.data.Dataset must yield batches of dense tensors; this one yields {specs}")
+        self.spec = {name: tf.TensorSpec(spec.shape[1:], spec.dtype, name) for name, spec in specs.items()}
+
+    def __len__(self) -> int:
+        """The number of examples.
+
+        Raises:
+            InputError: if the dataset does not say how many batches it has.
+        """
+        batches = int(self.dataset.cardinality())
+        if batches < 0:
+            kind = "never ends" if batches == tf.data.INFINITE_CARDINALITY else "does not know its own length"
+            raise InputError(
+                f"the tf.data.Dataset of this run {kind}: set config.train.steps and config.eval.every_steps, or give it"
+                " .apply(tf.data.experimental.assert_cardinality(BATCHES))"
+            )
+        return batches * self.batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a batch.
+
+        Raises:
+            InputError: if they differ between batches.
+        """
+        size = next(iter(self.dataset.element_spec.values())).shape[0]
+        if size is None:
+            raise InputError("the tf.data.Dataset yields batches of unknown size: write .batch(n, drop_remainder=True)")
+        return size
+
+    def first(self) -> Batch:
+        """Returns the first example, as a batch of one."""
+        return {name: tensor[:1] for name, tensor in next(iter(self.dataset)).items()}
 
 
-def _read_idx(folder: pathlib.Path, name: str, md5: str | None) -> np.ndarray:
-    """Reads one IDX file (LeCun's format: two zero bytes, dtype, rank, sizes, values), compressed or plain."""
-    content = _read_bytes(folder, name)
-    if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise InputError(f"{folder / name}: its MD5 is not {md5}: the file is damaged; install mptrain again")
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _IDX_DTYPES:
-        raise InputError(f"{folder / name}: this is no IDX file: it must begin with two zero bytes and a known type")
-    dtype, rank = np.dtype(_IDX_DTYPES[content[2]]), content[3]
-    start = 4 + 4 * rank
-    shape = struct.unpack(f">{rank}I", content[4:start]) if len(content) >= start else ()
-    expected = start + int(np.prod(shape)) * dtype.itemsize
-    if not shape or len(content) != expected:
-        raise InputError(f"{folder / name}: {len(content)} bytes, but its header announces {expected}: the file is damaged")
-    return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+AnySource = Source | IndexedSource | DatasetSource
 
 
-def _read_bytes(folder: pathlib.Path, name: str) -> bytes:
-    plain, packed = folder / name, folder / f"{name}.gz"
-    try:
-        if packed.is_file():
-            return gzip.decompress(packed.read_bytes())
-        return plain.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{plain} (or {packed.name}) not found: set config.data.dir to a folder with the four files"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{packed if packed.is_file() else plain} cannot be read: {error}") from error
+def as_source(examples) -> AnySource:
+    """Returns the source of what `Trainer.build_source` returned.
+
+    Args:
+        examples: a source; a mapping of arrays; a pair of arrays (inputs, targets); a `tf.data.Dataset` of global batches; or
+            an object with `len(examples)` and `examples[i]`.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    if isinstance(examples, AnySource):
+        return examples
+    if isinstance(examples, tf.data.Dataset):
+        return DatasetSource(examples)
+    if isinstance(examples, Mapping):
+        return Source({name: np.asarray(values) for name, values in examples.items()})
+    if isinstance(examples, tuple) and len(examples) == 2:
+        return Source({name: np.asarray(values) for name, values in _named(examples).items()})
+    if not isinstance(examples, np.ndarray) and hasattr(examples, "__len__") and hasattr(examples, "__getitem__"):
+        return IndexedSource(examples)
+    raise InputError(
+        f"build_source() returns {type(examples).__name__}: return a mapping of arrays, a pair (inputs, targets), a"
+        " tf.data.Dataset of batches, or an object with len() and [i]"
+    )
+
+
+def eval_steps(source: AnySource, batch_size: int) -> int:
+    """Returns the number of batches in one evaluation.
+
+    Raises:
+        InputError: if the source never ends.
+    """
+    if not isinstance(source, DatasetSource):
+        return math.ceil(len(source) / batch_size)
+    steps = int(source.dataset.cardinality())
+    if steps == tf.data.INFINITE_CARDINALITY:
+        raise InputError("the tf.data.Dataset for evaluation never ends: leave out .repeat(), or add .take(BATCHES)")
+    return steps if steps >= 0 else int(source.dataset.reduce(0, lambda count, _: count + 1))
+
+
+def _named(example, targets=None) -> dict:
+    """Gives the parts of a pair (inputs, targets) their names."""
+    if isinstance(example, Mapping):
+        return dict(example)
+    pair = example if targets is None else (example, targets)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise InputError(f"an example is {type(pair).__name__}: give a mapping of arrays or a pair (inputs, targets)")
+    return {"inputs": pair[0], "targets": pair[1]}
+
+
+def _as_first(name: str, values: np.ndarray, dtype: type) -> np.ndarray:
+    """Returns the values in the dtype of the first example, as long as that changes none beyond a float's rounding."""
+    with np.errstate(invalid="ignore"):  # which is what the comparison is for
+        cast = values.astype(dtype)
+    both_floating = np.issubdtype(values.dtype, np.floating) and np.issubdtype(dtype, np.floating)
+    if values.dtype != dtype and values.dtype.kind in "biuf" and not both_floating and not np.array_equal(cast, values):
+        raise ValueError(f"{name!r} of an example is {values.dtype}, that of the first {np.dtype(dtype)}: give all one dtype")
+    return cast
+
+
+def _reader(read: Callable[[np.ndarray], Mapping], spec: Mapping[str, tf.TensorSpec]) -> Callable[[tf.Tensor], Batch]:
+    """Returns the graph function that calls the Python function `read`."""
+
+    def arrays(index: np.ndarray) -> Sequence[np.ndarray]:
+        found = read(index)
+        return [_as_first(name, np.asarray(found[name]), spec[name].dtype.as_numpy_dtype) for name in spec]
+
+    def batch(index: tf.Tensor) -> Batch:
+        tensors = tf.numpy_function(arrays, [index], [each.dtype for each in spec.values()], stateful=False)
+        shaped = [
+            tf.ensure_shape(tensor, [index.shape[0], *each.shape]) for tensor, each in zip(tensors, spec.values(), strict=True)
+        ]
+        return dict(zip(spec, shaped, strict=True))
+
+    return batch
