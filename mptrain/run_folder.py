@@ -34,6 +34,7 @@ class RunFolder:
         self.plan_file = self.path / "precision_plan.txt"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self._began_in = None  # the precision in config.json, once `changes` has read it
         self._check_usable()
 
     def _check_usable(self) -> None:
@@ -57,11 +58,14 @@ class RunFolder:
         if not self.config_file.exists():
             return {}
         try:
-            before = json.loads(self.config_file.read_text())["config"]
+            content = json.loads(self.config_file.read_text())
+            before, self._began_in = dict(content["config"]), content["precision"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.config_file} is damaged ({error}): name another folder, or restore the file") from error
-        now = json.loads(json.dumps(dict(config_lib.fields(config))))
-        changes = config_lib.differences(before, now)
+            raise InputError(f"{self.config_file} is damaged ({error!r}): name another folder, or restore the file") from error
+        except OSError as error:
+            raise InputError(f"{self.config_file} cannot be read: {error.strerror}; name another folder") from error
+        now, defaults = (json.loads(json.dumps(dict(config_lib.fields(c)))) for c in (config, config_lib.default_config()))
+        changes = config_lib.differences({**defaults, **before}, now)  # an older version did not have every field
         other = [path for path in changes if not config_lib.is_resumable(path)]
         if other:
             was, is_now = changes[other[0]]
@@ -78,8 +82,8 @@ class RunFolder:
         Raises:
             InputError: if the run began in another one.
         """
-        began = json.loads(self.config_file.read_text())["precision"] if self.config_file.exists() else name
-        if began != name:
+        began = self._began_in
+        if began not in (None, name):
             raise InputError(
                 f"--workdir={self.path}: the run began in {began} and auto now chooses {name}: write"
                 f" --config.precision.policy={began} in a new folder, or resume on the first hardware"
@@ -88,13 +92,15 @@ class RunFolder:
     def lock(self) -> None:
         """Makes the folder and keeps other processes from writing to it, until this process ends, however it ends.
 
+        The lock is the process's own, which a process that it forked does not hold on to, as it would to a `flock`.
+
         Raises:
             InputError: if another process writes to it, or it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.seek(0)
             owner = self._lock.read().strip()
