@@ -5,6 +5,7 @@ PYTHON ?= python3
 CONFIG ?= configs/mnist.py
 ARGS ?=
 BIN = .venv/bin
+TWO = -n 2 --dist worksteal
 
 .PHONY: train test test-fast lint setup
 
@@ -12,10 +13,10 @@ train: .venv/.installed
 	$(BIN)/python -m mptrain.main --config=$(CONFIG) $(ARGS)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(TWO) $(ARGS)
 
 test-fast: .venv/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(TWO) $(ARGS)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

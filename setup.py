@@ -29,6 +29,8 @@ setup(
     ],
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.21"],
-        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "kubernetes": ["kubernetes"],  # for devices.cluster="kubernetes"
+        "tfds": ["array-record", "tensorflow-datasets"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
 )

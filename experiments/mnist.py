@@ -29,11 +29,11 @@ class MnistTrainer(mptrain.Trainer):
 
     def augment(self, batch):
         """Moves each image by up to `config.model.shift` pixels up, down, left and right."""
-        shift, (count, height, width, _) = self.config.model.shift, batch["inputs"].shape
-        offsets = tf.random.stateless_uniform([2, count, 1], self.randomness.draw(), 0, 2 * shift + 1, tf.int32)
+        shift, (_, height, width, _) = self.config.model.shift, batch["inputs"].shape
+        offsets = tf.cast(self.randomness.per_example(2) * (2 * shift + 1), tf.int32)
         images = tf.pad(batch["inputs"], [[0, 0], [shift, shift], [shift, shift], [0, 0]])
-        images = tf.gather(images, offsets[0] + tf.range(height), axis=1, batch_dims=1)
-        return {**batch, "inputs": tf.gather(images, offsets[1] + tf.range(width), axis=2, batch_dims=1)}
+        images = tf.gather(images, offsets[:, :1] + tf.range(height), axis=1, batch_dims=1)
+        return {**batch, "inputs": tf.gather(images, offsets[:, 1:] + tf.range(width), axis=2, batch_dims=1)}
 
     def inputs(self, batch) -> tf.Tensor:
         return tf.cast(batch["inputs"], tf.float32) / 255.0

@@ -1,6 +1,7 @@
 """mptrain: custom training loops in mixed precision on TensorFlow that are fast and right.
 
 Names are imported on first use, so that reading a config or refusing a bad flag does not wait for TensorFlow.
+So Keras loads a saved model with `MixedPrecision` in it only once that name, or `mptrain.layers`, has been imported.
 """
 
 import importlib
@@ -22,7 +23,7 @@ _HOMES = {
     "InputError": "mptrain.errors",
     "RunError": "mptrain.errors",
 }
-_ROOMS = ("config", "data", "devices", "errors", "loss_scale", "optimizers", "precision", "runner", "trainer")
+_ROOMS = ("config", "data", "devices", "errors", "layers", "loss_scale", "optimizers", "precision", "runner", "trainer")
 
 __all__ = sorted((*_HOMES, *_ROOMS))
 

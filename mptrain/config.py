@@ -12,16 +12,20 @@ A config file is a Python file with `get_config()` that calls `default_config()`
 """
 
 import difflib
+import json
 import math
+import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict, config_dict
 
 from mptrain.errors import InputError
 
+MODES = ("train", "eval", "train_and_eval", "verify_resume")
 PRECISIONS = ("auto", "native", "float32", "mixed_float16", "mixed_bfloat16")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
-STRATEGIES = ("auto", "one_device", "mirrored")
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+CLUSTERS = ("auto", "tf_config", "slurm", "kubernetes")
 
 # Groups whose fields an experiment names itself.
 _FREE_GROUPS = ("model",)
@@ -36,6 +40,7 @@ RESUMABLE = (
     "checkpoint.",
     "devices.",
     "data.eval_batch_size",
+    "verify_resume.",
 )
 
 
@@ -81,8 +86,14 @@ def default_config() -> ConfigDict:
     config.schedule.end_factor = 0.0  # cosine, linear: final learning rate as a share of the peak
 
     config.data = ConfigDict()
-    config.data.name = "mnist"  # mnist (embedded) | idx (a folder of MNIST-like files)
-    config.data.dir = ""  # idx: the folder
+    config.data.name = "mnist"  # mnist (embedded) | idx | npz | bytes (text) | synthetic | tfds:NAME
+    config.data.dir = ""  # idx: folder; npz: folder or file; bytes: folder or file; tfds: its data folder, if not the usual
+    config.data.pattern = "*"  # bytes: names of the files to take from the folder
+    config.data.context = 256  # bytes: bytes in one example
+    config.data.eval_fraction = 0.1  # bytes: share of the text, at its end, that is for evaluation
+    config.data.examples = 60_000  # synthetic: how many, for training and for evaluation each
+    config.data.shape = (28, 28, 1)  # synthetic: of one example's inputs
+    config.data.classes = 10  # synthetic
     config.data.batch_size = 128  # global: over all replicas
     config.data.eval_batch_size = 500  # global
 
@@ -93,17 +104,37 @@ def default_config() -> ConfigDict:
     config.train.jit_compile = _either("auto")  # "auto" | True | False: XLA for the train step
 
     config.eval = ConfigDict()
-    config.eval.every_steps = 0  # absolute multiples; 0: once an epoch
+    config.eval.every_steps = 0  # absolute multiples; 0: once an epoch, rounded up to whole accumulation windows
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # absolute multiples; the last step is always saved
     config.checkpoint.keep = 3  # newest ones
+    config.checkpoint.keep_best = 0  # beside them those of the best evaluations, which are saved for it
+    config.checkpoint.best_metric = "loss"  # what "best" means: a metric of the evaluation
+    config.checkpoint.best_mode = "min"  # min | max
+    config.checkpoint.async_save = False  # True: a thread writes while training goes on; one interval behind at most
+    config.checkpoint.restart_if_damaged = False  # True: begin anew where there are checkpoints and none is whole
 
     config.devices = ConfigDict()
-    config.devices.strategy = "auto"  # auto | one_device | mirrored
+    config.devices.strategy = "auto"  # auto | one_device | mirrored (all GPUs) | multi_worker | tpu
     config.devices.virtual_cpus = 0  # logical CPU replicas, to try distribution on a laptop; 0: none
+    config.devices.deterministic = False  # True: TensorFlow's deterministic kernels; GPUs need them for equal bits, and pay
+    config.devices.sync_batch_norm = False  # True: BatchNorm normalizes over the global batch, not each replica's share
+    config.devices.cluster = "auto"  # multi_worker: who says who the workers are: auto | tf_config | slurm | kubernetes
+    config.devices.communication = "auto"  # multi_worker: auto | ring | nccl
+    config.devices.start_timeout = 300.0  # multi_worker: seconds in which all workers must have come
+    config.devices.port = 8470  # slurm, kubernetes: of the first worker on a host
+    config.devices.workers = 0  # kubernetes: how many pods
+    config.devices.kubernetes_pods = ""  # kubernetes: the label that the pods share, such as "job-name=mnist"
+    config.devices.tpu = ""  # tpu: name or address; "local" on a TPU VM; "": what the environment says
 
-    return config.lock()
+    config.verify_resume = ConfigDict()  # --mode=verify_resume
+    config.verify_resume.steps = 100  # that are trained straight, and again with kills
+    config.verify_resume.kills = 5
+
+    config.lock()
+    config.model.unlock()
+    return config
 
 
 def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -114,6 +145,29 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]
             yield from fields(value, f"{path}.")
         else:
             yield path, value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def from_fields(values: dict[str, object]) -> ConfigDict:
+    """Returns the config whose `fields` are `values`, as a run's config.json holds them.
+
+    Raises:
+        InputError: for a field that does not exist, or a value of another type.
+    """
+    config = default_config()
+    for path, value in values.items():
+        group, _, leaf = path.rpartition(".")
+        holder = config[group] if group else config
+        if leaf not in holder:
+            raise InputError(unknown_field(path))
+        if path in _FREE_GROUPS:
+            value = ConfigDict(value)
+        elif isinstance(holder[leaf], tuple):
+            value = tuple(value)  # JSON knows lists only
+        elif isinstance(holder[leaf], float) and isinstance(value, int):
+            value = float(value)
+        with holder.unlocked():
+            holder[leaf] = value
+    return config
 
 
 def nearest(path: str) -> str:
@@ -180,19 +234,31 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
             f" ({scale.min_scale:g}) and max_scale ({scale.max_scale:g})"
         )
     window = config.optimizer.accumulation_steps
-    for path, value in (("checkpoint.every_steps", config.checkpoint.every_steps), ("train.steps", steps or 0)):
+    saving = {"checkpoint.every_steps": config.checkpoint.every_steps, "eval.every_steps": config.eval.every_steps}
+    for path, value in (*saving.items(), ("train.steps", steps or 0)):
         if window > 1 and value % window:
             yield (
                 f"config.{path} is {value}: write a multiple of optimizer.accumulation_steps ({window}), so that no checkpoint"
                 " falls inside a window"
             )
-    if config.data.name == "idx" and not config.data.dir:
-        yield "config.data.dir is empty: data.name='idx' needs the folder that holds the four IDX files"
-    if config.devices.strategy == "one_device" and config.devices.virtual_cpus > 1:
+    for name, value in config.model.items():
+        try:
+            json.dumps(value.to_dict() if isinstance(value, ConfigDict) else value)
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            yield f"config.model.{name} is a {kind}, which config.json cannot hold: write numbers, text, lists or mappings"
+    needed = {"idx": "the folder with the four IDX files", "npz": "an .npz file or a folder", "bytes": "a text or a folder"}
+    if config.data.name in needed and not config.data.dir:
+        yield f"config.data.dir is empty: data.name={config.data.name!r} needs {needed[config.data.name]}"
+    if not 0 < config.data.eval_fraction < 1:
+        yield f"config.data.eval_fraction is {config.data.eval_fraction}: write a number between 0 and 1"
+    if config.devices.strategy not in ("auto", "mirrored") and config.devices.virtual_cpus > 1:
         yield (
-            f"config.devices.virtual_cpus is {config.devices.virtual_cpus} and devices.strategy is 'one_device':"
-            " set strategy='mirrored' or virtual_cpus=0"
+            f"config.devices.virtual_cpus is {config.devices.virtual_cpus} and devices.strategy is"
+            f" {config.devices.strategy!r}: set strategy='mirrored' or virtual_cpus=0"
         )
+    if config.devices.strategy == "tpu" and config.precision.policy == "mixed_float16":
+        yield "config.precision.policy is 'mixed_float16' on a TPU, which has no float16 arithmetic: write 'mixed_bfloat16'"
 
 
 def _choice_faults(config: ConfigDict) -> Iterator[str]:
@@ -200,13 +266,18 @@ def _choice_faults(config: ConfigDict) -> Iterator[str]:
         "precision.policy": PRECISIONS,
         "schedule.name": SCHEDULES,
         "devices.strategy": STRATEGIES,
+        "devices.cluster": CLUSTERS,
+        "devices.communication": ("auto", "ring", "nccl"),
         "train.jit_compile": ("auto", True, False),
+        "checkpoint.best_mode": ("min", "max"),
     }
     values = dict(fields(config))
     for path, allowed in choices.items():
         if values[path] not in allowed or isinstance(values[path], int) and not isinstance(values[path], bool):
             close = difflib.get_close_matches(str(values[path]), [str(a) for a in allowed], 1, 0.6)
             hint = f"did you mean {close[0]!r}? " if close else ""
+            if path == "devices.strategy" and re.search("param|ps|central", str(values[path]).lower()):
+                hint = "parameter servers update without waiting for each other, so no step can be skipped by all; "
             yield f"config.{path} is {values[path]!r}: {hint}write one of {', '.join(map(str, allowed))}"
 
 
@@ -219,19 +290,28 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "train.steps_per_loop",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "data.examples",
+        "data.classes",
+        "data.context",
+        "verify_resume.steps",
+        "verify_resume.kills",
         "loss_scale.growth_interval",
         "loss_scale.hysteresis",
         "loss_scale.max_consecutive_skips",
         "loss_scale.min_scale",
         "optimizer.learning_rate",
         "optimizer.accumulation_steps",
+        "devices.start_timeout",
+        "devices.port",
     )
     not_negative = (
         "seed",
         "eval.every_steps",
         "schedule.warmup_steps",
         "schedule.end_factor",
+        "checkpoint.keep_best",
         "devices.virtual_cpus",
+        "devices.workers",
         "optimizer.weight_decay",
         "optimizer.clip_norm",
         "optimizer.ema_momentum",

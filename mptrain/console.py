@@ -1,5 +1,6 @@
 """What the user sees: tables, a progress bar, one line an evaluation. Results go to stdout, progress to stderr."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,19 @@ _INTEGERS = ("examples_per_second", "loss_scale")
 
 
 class Console:
-    """The terminal of one run."""
+    """The terminal of one run.
 
-    def __init__(self):
+    Args:
+        worker: name of a worker that is not the chief: it prints warnings only, each with its name.
+    """
+
+    def __init__(self, worker: str = ""):
+        self._prefix = f"mptrain: {worker}: " if worker else "mptrain: "
+        self._quiet = bool(worker)
         self._err = rich.console.Console(stderr=True, highlight=False)
         # Where both are the same terminal, lines go through the console that owns the bar, which keeps it below them.
-        both = self._err.is_terminal and sys.stdout.isatty()
-        self._out = self._err if both else rich.console.Console(highlight=False)
+        both = self._err.is_terminal and sys.stdout.isatty() and not self._quiet
+        self._out = self._err if both else rich.console.Console(highlight=False, quiet=self._quiet)
         self._bar = None
         self._task = None
         self._total = 0
@@ -35,7 +42,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Prints one line that the user should act on."""
-        self._err.print(f"mptrain: {text}", markup=False, soft_wrap=True, style="yellow")
+        self._err.print(f"{self._prefix}{text}", markup=False, soft_wrap=True, style="yellow")
 
     def plan(self, rows: Sequence[PlanRow], notes: Sequence[str]) -> str:
         """Prints the precision plan and returns it as plain text."""
@@ -57,8 +64,8 @@ class Console:
         """Shows the bar at `step` of `total`; where stderr is no terminal, plain lines from now on."""
         self._total = total
         self._plain_since = (step, time.monotonic())
-        self._last_plain = time.monotonic()
-        if not self._err.is_terminal:
+        self._last_plain = math.inf if self._quiet else time.monotonic()
+        if self._quiet or not self._err.is_terminal:
             return
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step"),

@@ -6,9 +6,11 @@ Parses flags and nothing else. TensorFlow is imported only when the flags are go
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 import traceback
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -18,7 +20,7 @@ from mptrain.errors import InputError, RunError, StopRun, one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; fields: --config.GROUP.FIELD=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/CONFIG_NAME/DATE-TIME. Resumes.")
-_MODE = flags.DEFINE_enum("mode", "train_and_eval", ["train", "eval", "train_and_eval"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train_and_eval", list(config_lib.MODES), "What to do.")
 
 
 def main(argv: list[str]) -> None:
@@ -28,8 +30,10 @@ def main(argv: list[str]) -> None:
         raise InputError("no config given: write --config=FILE, for instance --config=configs/mnist.py")
     _let_one_length_replace_the_other(_CONFIG.value)
     config_lib.validate(_CONFIG.value)
-    from mptrain import runner  # imports TensorFlow, so it waits until flags and config are good
+    from mptrain import devices, runner  # import TensorFlow, so they wait until flags and config are good
 
+    if _WORKDIR.value is None and devices.is_multi_worker(_CONFIG.value.devices):
+        raise InputError("several workers must share one run folder: name it with --workdir=DIR")
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = _WORKDIR.value or os.path.join("runs", name, time.strftime("%Y%m%d-%H%M%S"))
     runner.run(_CONFIG.value, workdir, _MODE.value)
@@ -114,6 +118,13 @@ def _exit(status: int, message: str) -> None:
     sys.exit(status)
 
 
+def _leave(status: int) -> NoReturn:
+    """Ends the process of a saved run at once: a signal that met the interpreter's long goodbye would change the status."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def run() -> None:
     """Runs the command line; the exit status is 0, 1 (failed run), 2 (bad input) or 128 + signal (stopped and saved)."""
 
@@ -125,9 +136,13 @@ def run() -> None:
         except RunError as error:
             _exit(1, one_line(error))
         except StopRun as stop:
-            sys.exit(stop.exit_status)
+            _leave(stop.exit_status)
+
+    def terminated(number: int, frame: object) -> NoReturn:
+        _exit(128 + number, "terminated")
 
     _quieten(sys.argv)
+    signal.signal(signal.SIGTERM, terminated)  # so that what cleans up behind itself comes to it, as after Ctrl-C
     try:
         app.run(guarded, flags_parser=_parse_flags)
     except KeyboardInterrupt:  # before the run or outside of it: there is nothing to save

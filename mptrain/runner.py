@@ -1,24 +1,24 @@
-"""Builds the parts of a run from its config and runs one mode: train, eval, or train_and_eval."""
+"""Builds the parts of a run from its config and runs one mode."""
 
 import math
 import os
 import time
 import traceback
 
+import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import devices, keras_compat, precision
-from mptrain.actions import LogMetrics, OverflowGuard, SaveCheckpoint, ShowProgress, StopOnSignal
+from mptrain import devices, keras_compat, precision, verify_resume
+from mptrain.actions import KeepBest, LogMetrics, OverflowGuard, SaveCheckpoint, ShowProgress, StopOnSignal
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
-from mptrain.errors import InputError, StopRun
-from mptrain.metrics_log import MetricsLog
+from mptrain.errors import EvaluationStopped, InputError, RunError, StopRun
+from mptrain.metrics_log import MetricsLog, NoLog
 from mptrain.orbit_import import orbit
 from mptrain.run_folder import RunFolder
 from mptrain.trainer import Trainer
-
-MODES = ("train", "eval", "train_and_eval")
+from mptrain.workers import Workers
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_eval") -> dict[str, float]:
@@ -27,60 +27,107 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     Args:
         config: a config made from `mptrain.default_config()`.
         workdir: the run's folder; made if it is not there.
-        mode: "train", "eval" (of the newest checkpoint) or "train_and_eval".
+        mode: "train", "eval" (of the newest checkpoint), "train_and_eval", or "verify_resume" (see there).
 
     Returns:
-        The final metrics: those of the last evaluation; in mode "train", of the last loop.
+        The final metrics: those of the last evaluation; in mode "train", of the last loop; in mode "verify_resume", counts.
 
     Raises:
         InputError: if config, data or folder cannot be used; nothing was written.
         RunError: if the run failed.
         StopRun: if a signal ended the run; it was saved.
     """
-    if mode not in MODES:
-        raise InputError(f"mode {mode!r} does not exist: write one of {', '.join(MODES)}")
+    if mode not in config_lib.MODES:
+        raise InputError(f"mode {mode!r} does not exist: write one of {', '.join(config_lib.MODES)}")
     config_lib.validate(config)
     folder = RunFolder(workdir)
-    changes = folder.changes(config)
-    console = Console()
-    trainer = build_trainer(config)
-    folder.check_precision(trainer.precision.name)
-    checkpoints = Checkpoints(folder.checkpoints, trainer.state, config.checkpoint.keep)
-    if mode == "eval" and not checkpoints.steps():
+    if mode == "verify_resume" and devices.is_multi_worker(config.devices):
+        raise InputError("--mode=verify_resume kills and restarts the run on this host: use another devices.strategy for it")
+    if mode == "verify_resume":
+        return verify_resume.verify(config, folder.path / "verify_resume", Console())
+    folder.changes(config)  # refuses another run's folder before anything is built
+    strategy = devices.strategy(config.devices)
+    with Workers(strategy).named_in_errors():
+        return _locked(build_trainer(config, strategy), folder, mode)
+
+
+def _locked(trainer: Trainer, folder: RunFolder, mode: str) -> dict[str, float]:
+    chief, keep = trainer.workers.is_chief, trainer.config.checkpoint
+    console = Console("" if chief else str(trainer.workers))
+    best = f"{keep.best_mode} {keep.best_metric}"
+    checkpoints = Checkpoints(folder.checkpoints, trainer.state, keep.keep, keep.keep_best, best, keep.async_save, not chief)
+    if mode == "eval" and chief and not checkpoints.steps():
         raise InputError(f"--mode=eval: {folder.checkpoints} holds no checkpoint: name the folder of a run in --workdir")
-    if mode == "eval":
-        return _run_mode(trainer, folder, checkpoints, console, mode, changes)
+    if mode == "eval" or not chief:
+        return _run_mode(trainer, folder, checkpoints, console, mode)
     folder.lock()
     try:
-        return _run_mode(trainer, folder, checkpoints, console, mode, changes)
+        return _run_mode(trainer, folder, checkpoints, console, mode)
     finally:
         folder.unlock()
 
 
-def _run_mode(trainer, folder, checkpoints, console, mode, changes) -> dict[str, float]:
+def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
+    changes = folder.changes(trainer.config)  # once more, under the lock: another process may have begun a run meanwhile
+    folder.check_precision(trainer.precision.name)
+    if not trainer.workers.is_chief:
+        console.warn("ready; the chief prints and writes")
+        step = _agreed_step(trainer, None)
+        if step is not None:
+            with trainer.strategy.scope():
+                checkpoints.restore(step)
+            trainer.restore_position(checkpoints.path(step))
+        return _Run(trainer, folder, checkpoints, console, NoLog()).run(mode)
     hardware = devices.describe(trainer.strategy)
     plan = console.plan(precision.plan(trainer.model), _notes(trainer, hardware))
     for warning in trainer.precision_warnings:
         console.warn(warning)
+        plan += f"warning      {warning}\n"
     fallbacks = []
-    with trainer.strategy.scope():
-        step = checkpoints.restore_newest(fallbacks.append)
+    try:
+        with trainer.strategy.scope():
+            step = checkpoints.restore_newest(
+                fallbacks.append, put_aside=mode != "eval", restart=trainer.config.checkpoint.restart_if_damaged
+            )
+    except RunError:
+        _tell_fallbacks(fallbacks, 0, console, MetricsLog(folder.metrics_file, last_step=math.inf))
+        raise
+    if step is None and mode == "eval":
+        raise RunError(f"--mode=eval: no checkpoint in {folder.checkpoints} is whole")
+    _agreed_step(trainer, step)
+    if step is not None:
+        trainer.restore_position(checkpoints.path(step))
     if mode != "eval":
         folder.create(trainer.config, trainer.precision.name, hardware, plan)
     log = MetricsLog(folder.metrics_file, last_step=math.inf if mode == "eval" else step or 0)
-    for message in fallbacks:
-        console.warn(message)
-        log.event(step or 0, "fallback", reason=message)
+    _tell_fallbacks(fallbacks, step or 0, console, log)
     for path, (before, now) in changes.items():
         console.line(f"config.{path} was {before!r} and is {now!r} from here on")
     if step is not None:
         console.line(f"restored step {step} of {trainer.total_steps} from {folder.path}")
-        log.event(step, "resume", changes={path: list(pair) for path, pair in changes.items()})
+        log.event(
+            step,
+            "resume",
+            data=str(trainer.training_batches),
+            changes={path: list(pair) for path, pair in changes.items()},
+        )
     return _Run(trainer, folder, checkpoints, console, log).run(mode)
 
 
-def build_trainer(config: ConfigDict) -> Trainer:
-    """Returns an instance of the class that `config.trainer` names.
+def _agreed_step(trainer: Trainer, restored: int | None) -> int | None:
+    """Returns the step that the chief restored, which every worker restores too; None: the run begins."""
+    step = int(trainer.workers.largest(-1 if restored is None else restored))
+    return None if step < 0 else step
+
+
+def _tell_fallbacks(messages: list[str], step: int, console: Console, log: MetricsLog) -> None:
+    for message in messages:
+        console.warn(message)
+        log.event(step, "fallback", reason=message)
+
+
+def build_trainer(config: ConfigDict, strategy: tf.distribute.Strategy | None = None) -> Trainer:
+    """Returns an instance of the class that `config.trainer` names, on `strategy` or the one that the config asks for.
 
     Raises:
         InputError: if it cannot be imported or is no Trainer.
@@ -95,7 +142,7 @@ def build_trainer(config: ConfigDict) -> Trainer:
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
         raise InputError(f"config.trainer is {config.trainer!r}: it is not a subclass of mptrain.Trainer")
     try:
-        return trainer_class(config)
+        return trainer_class(config, strategy)
     except AttributeError as error:
         if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise
@@ -105,11 +152,16 @@ def build_trainer(config: ConfigDict) -> Trainer:
         ) from error
 
 
+def _reason(error: tf.errors.OpError) -> str:
+    return error.message.splitlines()[0].rsplit(";", 1)[-1].strip()
+
+
 def _notes(trainer: Trainer, hardware: str) -> list[str]:
     return [
-        f"precision  {trainer.precision.name} ({trainer.precision.reason})",
-        f"kernels    {trainer.kernels.reason}",
-        f"devices    {hardware}",
+        f"precision    {trainer.precision.name} ({trainer.precision.reason})",
+        f"jit_compile  {trainer.kernels}",
+        f"devices      {hardware}",
+        f"data         {trainer.training_batches}",
     ]
 
 
@@ -131,33 +183,44 @@ class _Run:
 
     def run(self, mode: str) -> dict[str, float]:
         try:
-            controller, signals = self._controller()
+            controller, signals = self._controller(mode)
             if mode == "eval":
                 outputs = self._evaluate(controller)
             else:
                 with signals:
                     outputs = self._train(controller, evaluate=mode == "train_and_eval")
+        except tf.errors.OpError as error:
+            if "events file" not in str(error):
+                raise
+            raise RunError(f"the TensorBoard events in {self._folder.path} cannot be written: {_reason(error)}") from error
         except StopRun as stop:
+            controller.summary_manager.flush()
             self._console.stop_progress()
             self._console.line(f"{stop}; go on with the same command and --workdir={self._folder.path}")
             raise
         finally:
             self._console.stop_progress()
+            self._checkpoints.wait()
             self._log.close()
         self._close(outputs)
         return outputs
 
-    def _controller(self) -> tuple[orbit.Controller, StopOnSignal]:
+    def _controller(self, mode: str) -> tuple[orbit.Controller, StopOnSignal]:
         trainer, config = self._trainer, self._trainer.config
-        signals = StopOnSignal(trainer, self._checkpoints, self._log, self._console)
+        self._signals = signals = StopOnSignal(trainer, self._checkpoints, self._log, self._console)
+        trainer.stop_requested = signals.agreed
+        best = [KeepBest(trainer, self._checkpoints)] if config.checkpoint.keep_best and mode != "eval" else []
+        train_folder, eval_folder = (
+            str(self._folder.path / split) if trainer.workers.is_chief else None for split in ("train", "eval")
+        )
         controller = orbit.Controller(
             strategy=trainer.strategy,
             trainer=trainer,
             evaluator=trainer,
             global_step=trainer.global_step,
             steps_per_loop=self._steps_to_next_boundary,
-            summary_dir=str(self._folder.path / "train"),
-            eval_summary_dir=str(self._folder.path / "eval"),
+            summary_dir=train_folder,
+            eval_summary_dir=eval_folder,
             train_actions=[
                 LogMetrics(trainer, self._log, "train"),
                 ShowProgress(trainer, self._console),
@@ -165,7 +228,7 @@ class _Run:
                 SaveCheckpoint(trainer, self._checkpoints, config.checkpoint.every_steps),
                 signals,
             ],
-            eval_actions=[LogMetrics(trainer, self._log, "eval"), signals],
+            eval_actions=[*best, LogMetrics(trainer, self._log, "eval"), signals],  # the row says that all of it is done
         )
         return controller, signals
 
@@ -178,17 +241,22 @@ class _Run:
 
     def _train(self, controller: orbit.Controller, evaluate: bool) -> dict[str, float]:
         total = self._trainer.total_steps
-        every = self._trainer.config.eval.every_steps or self._trainer.steps_per_epoch
+        window = self._trainer.config.optimizer.accumulation_steps  # an evaluation may save, which no window survives
+        every = self._trainer.config.eval.every_steps or math.ceil(self._trainer.steps_per_epoch / window) * window
         if self._step >= total:
             self._console.line(f"this run is finished: {self._step} of {total} steps are done; evaluating it")
             return self._evaluate(controller)
         self._console.start_progress(self._step, total)
+        missing = self._trainer.workers.is_chief and not self._log.has_evaluation(self._step)
+        if evaluate and self._step and self._step % every == 0 and self._trainer.workers.largest(missing):
+            self._evaluate(controller)  # which the killed process did not come to
         while self._step < total:
             next_evaluation = (self._step // every + 1) * every if evaluate else total
             controller.train(min(next_evaluation, total), checkpoint_at_completion=False)
             if evaluate and self._step % every == 0:
                 self._evaluate(controller)
-        self._checkpoints.save(self._step)
+        self._checkpoints.save(self._step, self._trainer.save_position)
+        self._checkpoints.wait()
         self._console.stop_progress()
         self._log.event(self._step, "finished")
         return self._evaluate(controller) if evaluate else self._trainer.train_loop_end()
@@ -196,7 +264,10 @@ class _Run:
     def _evaluate(self, controller: orbit.Controller) -> dict[str, float]:
         if self._step not in self._evaluated:
             start = time.monotonic()
-            outputs = controller.evaluate(steps=self._trainer.eval_steps)
+            try:
+                outputs = controller.evaluate(steps=self._trainer.eval_steps)
+            except EvaluationStopped:
+                self._signals({})  # saves, and ends the run; the next process evaluates this step again
             outputs.pop("steps_per_second", None)
             self._evaluated[self._step] = outputs
             self._console.evaluation(self._step, outputs, time.monotonic() - start)

@@ -2,20 +2,23 @@
 
 import functools
 import math
+import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import keras
 import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import data, devices, keras_compat, optimizers, precision
-from mptrain.errors import InputError
+from mptrain import data, devices, hardware, keras_compat, model_check, optimizers, precision
+from mptrain.errors import EvaluationStopped, InputError
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.orbit_import import orbit
+from mptrain.pieces import Pieces
 from mptrain.randomness import StepRandomness
 from mptrain.state_guard import StateGuard
+from mptrain.workers import Workers
 
 
 class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
@@ -23,16 +26,19 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     Attributes:
         config: the run's config.
-        precision_warnings: lines about layers that compute in another dtype than was asked for.
+        precision_warnings: lines about layers that compute in another dtype than was asked for, or round the logits.
         strategy: the `tf.distribute.Strategy` whose replicas share each global batch.
         precision: the casts of this run.
         model: what `build_model` returned.
         optimizer: a `LossScaleOptimizer`.
         metrics: name -> Keras metric, "loss" among them.
         train_source: the training examples.
+        training_batches: the stream of batches of them.
         eval_source: the evaluation examples.
         global_step: int64 variable; counts attempted steps, so it is also the number of the next batch.
-        randomness: seeds for random operations in the step, functions of (seed, step, replica).
+        randomness: random numbers for the step, functions of (seed, step) and of the replica or the example.
+        stop_requested: asked between two pieces of a loop, about once a second, whether to end it there; in all workers alike.
+        workers: the processes that train together; one, but under "multi_worker".
 
     Args:
         config: a config made from `mptrain.default_config()`.
@@ -48,30 +54,44 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         orbit.StandardEvaluator.__init__(self, None, orbit.StandardEvaluatorOptions(use_tf_while_loop=True))
         self.config = config
         self.strategy = strategy or devices.strategy(config.devices)
-        self.precision = precision.get(config.precision.policy, config.precision.float32_layers)
-        self._position = None  # the step whose batch the open train iterator yields next
-        data.per_replica(config.data.batch_size, self.strategy)
-        self.train_source = self.build_source("train")
-        self.eval_source = self.build_source("eval")
+        self.workers = Workers(self.strategy)
+        self.precision = precision.get(config.precision.policy, config.precision.float32_layers, hardware.of(self.strategy))
+        self._check_workers()
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self._position = None  # the step whose batch `_batches` yields next
+        self._saved_position = None
+        self._train_pieces = Pieces(config.optimizer.accumulation_steps, agree=self.workers.largest)
+        self._eval_pieces = Pieces(agree=self.workers.largest)
+        keras_compat.seed_everything(config.seed)  # also for a shuffle without a seed in a user's dataset
+        self.train_source = data.as_source(self.build_source("train"))
+        self.eval_source = data.as_source(self.build_source("eval"))
+        self.training_batches = data.TrainingBatches(
+            self.train_source, batch_size=config.data.batch_size, seed=config.seed, strategy=self.strategy
+        )
         keras_compat.seed_everything(config.seed)
         with self.strategy.scope():
             self.global_step = orbit.utils.create_global_step()
-            self.randomness = StepRandomness(config.seed, self.global_step)
+            self.randomness = StepRandomness(config.seed, self.global_step, config.data.batch_size)
             with self.precision.scope():
                 self.model = self.build_model()
-            self._create_variables()
-            self.precision.hold_float32_layers(self.model)
-            self.uses_float16 = precision.uses_float16(self.precision, self.model)
-            self.kernels = precision.kernels(self.uses_float16, config.train.jit_compile, self.strategy)
-            self.precision_warnings = precision.check(self.precision, self.model)
-            self.optimizer = self.build_optimizer()
-            self.optimizer.build(self.trainable_variables)
+                if config.devices.sync_batch_norm:
+                    keras_compat.synchronize_batch_norm(self.model)
+                self._create_variables()
+            held = self.precision.hold_float32_layers(self.model)
             self.metrics = {"loss": keras.metrics.Mean("loss"), **self._other_metrics()}
+        self.randomness.bind(self.model)
+        with self._kernels_for(float16=True).scope():  # which only touches what is float16
+            own_step = type(self).replica_train_step is not Trainer.replica_train_step
+            forward = model_check.forward(self, own_step=own_step)
+        self.precision_warnings = model_check.check(self.precision, self.model, forward, held)
+        self.uses_float16 = model_check.uses_float16(self.precision, self.model, forward)
+        self.kernels = self._kernels_for(self.uses_float16)
+        with self.strategy.scope():
+            self.optimizer = self.build_optimizer()
+            self.optimizer.build(forward.in_order(self.trainable_variables))
+            self.optimizer.check_loss = self._check_loss
             metric_variables = [variable for metric in self.metrics.values() for variable in metric.variables]
             self._guard = StateGuard(self.optimizer, keras_compat.statistics(self.model), metric_variables)
-        self.randomness.bind(self.model)
-        if type(self).replica_train_step is Trainer.replica_train_step:
-            self._check_loss()
 
     # What a researcher overrides, from the most to the least often.
 
@@ -100,7 +120,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     def augment(self, batch: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
         """Returns the training batch as the step shall see it; in each replica, never in evaluation.
 
-        Take randomness from `self.randomness.draw()`, for stateless operations: a function of (seed, step, replica).
+        Take randomness from `self.randomness.per_example(count)`: a function of (seed, step, place in the global batch), so
+        that an example looks the same on any number of replicas and after a restart.
         """
         return batch
 
@@ -108,8 +129,12 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         """Returns metrics beside the loss; each is updated with batch["targets"] and the outputs."""
         return {}
 
-    def build_source(self, split: str) -> data.Source:
-        """Returns the examples of the split "train" or "eval"; default: those that `config.data` names."""
+    def build_source(self, split: str):
+        """Returns the examples of the split "train" or "eval"; default: those that `config.data` names.
+
+        A mapping of arrays, a pair of arrays (inputs, targets), an object with len() and [i] that is read on demand, a
+        `tf.data.Dataset` of global batches, or a source of `mptrain.data`.
+        """
         return data.load(self.config.data, split)
 
     def build_optimizer(self) -> LossScaleOptimizer:
@@ -181,7 +206,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     @property
     def trainable_variables(self) -> list:
         """The variables that the optimizer trains; default: the model's."""
-        return list(self.model.trainable_variables)
+        return keras_compat.trainable_variables(self.model)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -203,29 +228,44 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     @property
     def state(self) -> dict[str, tf.Variable]:
-        """Everything that a checkpoint must hold, by path."""
-        model = {f"model/{path}": v for path, v in keras_compat.variables_by_path(self.model.variables).items()}
-        optimizer = {f"optimizer/{path}": v for path, v in self.optimizer.state.items()}
-        return {"step": self.global_step, **model, **optimizer}
+        """Everything that a checkpoint must hold, by path; checkpoints lie between accumulation windows."""
+        model = {f"model/{path}": v for path, v in keras_compat.variables_by_path(keras_compat.variables(self.model)).items()}
+        inside = {id(keras_compat.raw(v)) for v in keras_compat.variables(self.model)}
+        beside = [v for v in self.trainable_variables if id(keras_compat.raw(v)) not in inside]
+        trainer = {f"trainer/{path}": v for path, v in keras_compat.variables_by_path(beside).items()}
+        settled = self.optimizer.state.keys() - self.optimizer.window.keys()
+        optimizer = {f"optimizer/{path}": v for path, v in self.optimizer.state.items() if path in settled}
+        return {"step": self.global_step, **model, **trainer, **optimizer}
+
+    def save_position(self, folder: pathlib.Path) -> None:
+        """Writes into a checkpoint's folder what the position in the data is, where it is more than the step."""
+        self.training_batches.save(folder)
+
+    def restore_position(self, folder: pathlib.Path) -> None:
+        """The next loop opens the data where `save_position` was called; the step must be that one already."""
+        self._saved_position, self._position = folder, None
 
     # What Orbit calls.
 
     def train_loop_begin(self) -> None:
         step = int(self.global_step.numpy())
         if self._position != step:
-            self.train_dataset = data.train_dataset(
-                self.train_source,
-                batch_size=self.config.data.batch_size,
-                seed=self.config.seed,
-                start_step=step,
-                strategy=self.strategy,
-            )
+            self._batches = self.training_batches.open(step, self._saved_position)
         self._reset_metrics()
         self._loop_start = (step, time.perf_counter(), int(self.optimizer.applied_steps))
 
     def train(self, num_steps: tf.Tensor) -> dict[str, float]:
+        """Runs one loop in the graph, in pieces of about a second; `stop_requested` may end it after any of them."""
+        self.train_loop_begin()
+        if self._train_loop_fn is None:
+            self._train_loop_fn = self.create_train_loop_fn()
         with self.kernels.scope():
-            return super().train(num_steps)
+            for steps in self._train_pieces.cut(int(num_steps)):
+                self._train_loop_fn(self._batches, tf.constant(steps))
+                self._position = int(self.global_step.numpy())  # which waits for the devices
+                if self.stop_requested():
+                    break
+        return self.train_loop_end()
 
     def train_step(self, iterator) -> None:
         """Draws one global batch and trains on it in every replica; cross-replica context, in the graph."""
@@ -235,7 +275,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     def train_loop_end(self) -> dict[str, float]:
         outputs = self._metric_results()
-        step = self._position = int(self.global_step.numpy())
+        step = int(self.global_step.numpy())
         first, start, applied = self._loop_start
         if int(self.optimizer.applied_steps) == applied:  # every step was skipped: there is nothing to take a mean of
             outputs = dict.fromkeys(outputs, float("nan"))
@@ -257,8 +297,24 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self._reset_metrics()
 
     def evaluate(self, num_steps: tf.Tensor) -> dict[str, float]:
+        """Evaluates `num_steps` batches, with the averaged weights where there are such.
+
+        Raises:
+            EvaluationStopped: if `stop_requested` said so before the end.
+        """
         with self.kernels.scope(), self.optimizer.averaged_weights():
-            return super().evaluate(num_steps)
+            state = self.eval_begin()
+            stateful = {} if state is None else {"reduce_fn": self.eval_reduce}
+            if self._eval_loop_fn is None:
+                self._eval_loop_fn = self.create_eval_loop_fn(has_state=bool(stateful))
+            batches, left = iter(self.eval_dataset), int(num_steps)
+            for steps in self._eval_pieces.cut(left):
+                arguments = {**stateful, "state": state} if stateful else {}
+                state = self._eval_loop_fn(batches, tf.constant(steps), **arguments)
+                left -= steps
+                if left and self.stop_requested():
+                    raise EvaluationStopped
+            return self.eval_end(state) if stateful else self.eval_end()
 
     def eval_step(self, iterator) -> None:
         """Evaluates one global batch in every replica; cross-replica context, in the graph."""
@@ -270,38 +326,28 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     # The rest.
 
+    def _check_workers(self) -> None:
+        local = ("data.dir", "devices.")  # where a host keeps its data and how it is reached is its own affair
+        fields = {f"config.{path}": value for path, value in config_lib.fields(self.config) if not path.startswith(local)}
+        self.workers.check_same({**fields, "the precision": self.precision.name, "replicas": self.workers.local_replicas})
+
     def _create_variables(self) -> None:
         """Calls a model that has no variables yet on one example, as a subclassed Keras model needs."""
+        name = f"the model that {type(self).__name__}.build_model() returned"
         if not callable(self.model):
             raise InputError(f"{type(self).__name__}.build_model() returns {self.model!r}: return the model")
-        if not getattr(self.model, "built", True):
-            example = {name: tf.constant(array[:1]) for name, array in self.train_source.arrays.items()}
-            self.model(self.precision.cast_to_compute(self.inputs(example)), training=False)
+        if not keras_compat.is_built(self.model):
+            self.model(self.precision.cast_to_compute(self.inputs(self.train_source.first())), training=False)
+        keras_compat.note_paths(self.model)
         if not self.trainable_variables:
-            raise InputError(f"the model that {type(self).__name__}.build_model() returned has no trainable variables")
+            raise InputError(f"{name} has no trainable variables: keep its layers and tf.Variables in attributes of the model")
 
-    def _check_loss(self) -> None:
-        """Traces the loss of one batch, without computing it, and checks the dtypes of outputs and loss.
+    def _kernels_for(self, float16: bool) -> precision.Kernels:
+        return precision.kernels(float16, self.config.train.jit_compile, self.strategy)
 
-        Raises:
-            InputError: if one of them is 16 bits wide, or the loss is a scalar.
-        """
-
-        def loss(batch):
-            inputs = self.precision.cast_to_compute(self.inputs(batch))
-            outputs = self.precision.cast_to_output(self.model(inputs, training=False))
-            what = f"what {type(self).__name__}.model returns"
-            precision.check_is_float32(what, outputs, "give its last layer dtype='float32'")
-            losses = self._per_example(self.compute_loss(batch, outputs))
-            if losses.shape.rank is not None and losses.shape[:1] != [2]:
-                raise InputError(
-                    f"{type(self).__name__}.compute_loss() returns {losses.shape[0]} losses for 2 examples: return one for each"
-                )
-
-        arrays = self.train_source.arrays
-        batch = {name: tf.TensorSpec([2, *array.shape[1:]], array.dtype) for name, array in arrays.items()}
-        with self.kernels.scope():
-            tf.function(loss, autograph=False).get_concrete_function(batch)
+    def _check_loss(self, loss: tf.Tensor) -> None:
+        what = f"the loss that {type(self).__name__}.replica_train_step() scales"
+        model_check.check_is_float32(what, loss, "compute it from float32 outputs, as precision.cast_to_output() returns them")
 
     @functools.cached_property
     def _step_function(self):
@@ -323,17 +369,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         return applied
 
     def _per_example(self, losses: tf.Tensor) -> tf.Tensor:
-        name = f"{type(self).__name__}.compute_loss()"
-        if not tf.is_tensor(losses):
-            raise InputError(f"{name} returns {losses!r}: return one tensor, the loss of each example")
-        precision.check_is_float32(f"what {name} returns", losses, "compute the loss from the outputs, which are float32")
-        losses = tf.cast(losses, tf.float32)
-        if losses.shape.rank == 0:
-            raise InputError(
-                f"{name} returns a scalar: return the loss of each example, shape [replica"
-                " batch]; mptrain takes the mean over the global batch"
-            )
-        return tf.reduce_mean(losses, axis=list(range(1, losses.shape.rank)))
+        return model_check.per_example(f"{type(self).__name__}.compute_loss()", losses)
 
     def _other_metrics(self) -> dict[str, keras.metrics.Metric]:
         metrics = self.build_metrics()

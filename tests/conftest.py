@@ -9,7 +9,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pytest
 import tensorflow as tf
-from ml_collections import ConfigDict
 
 from mptrain import default_config, devices
 
@@ -40,7 +39,21 @@ def config():
 @pytest.fixture
 def mirrored():
     """Returns a MirroredStrategy of n logical CPUs."""
-    return lambda n: devices.strategy(ConfigDict({"strategy": "mirrored", "virtual_cpus": n}))
+
+    def strategy(n):
+        config = default_config().devices
+        config.strategy, config.virtual_cpus = "mirrored", n
+        return devices.strategy(config)
+
+    return strategy
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The path of a config file for TinyTrainer."""
+    path = tmp_path / "tiny.py"
+    path.write_text("from tests.runs import tiny_config as get_config\n")
+    return path
 
 
 @pytest.fixture

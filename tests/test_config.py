@@ -4,6 +4,7 @@ import pytest
 
 from mptrain import InputError
 from mptrain import config as config_lib
+from mptrain.run_folder import RunFolder
 
 
 def refuse(config, *messages):
@@ -35,6 +36,7 @@ def test_whole_config_is_accepted(config):
         ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate is nan"),
         ("data.name", "idx", "config.data.dir is empty"),
         ("optimizer.accumulation_steps", 5, "config.checkpoint.every_steps is 6: write a multiple"),
+        ("optimizer.accumulation_steps", 6, "config.eval.every_steps is 4: write a multiple"),
         ("optimizer.ema_momentum", 1.0, "below 1"),
         ("trainer", "MnistTrainer", "module path and class"),
         ("train.epochs", 1.0, "both are set; set exactly one"),
@@ -82,3 +84,16 @@ def test_every_field_has_a_place_in_the_table_of_the_readme():
     table = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
     missing = [path for path, _ in config_lib.fields(config_lib.default_config()) if f"`{path.split('.')[-1]}`" not in table]
     assert missing == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"config": []}', '{"config": {}}', '{"config": [1], "precision": "x"}'])
+def test_damaged_config_json_is_one_line(tmp_path, config, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="config.json is damaged"):
+        RunFolder(tmp_path).changes(config)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, print, object()])
+def test_models_field_that_config_json_cannot_hold_is_refused_by_name(config, value):
+    config.model.odd = value
+    refuse(config, "config.model.odd is a ", "which config.json cannot hold")

@@ -1,66 +1,11 @@
 """The command line as a user meets it: real processes, real exit statuses, one line for each mistake."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
-import tensorflow as tf
 
 from mptrain.checkpoints import Checkpoints
-from tests.conftest import ROOT
-
-TINY = """
-from tests.test_main import tiny_config as get_config
-"""
-
-
-def tiny_config():
-    """The whole run of the tests: TinyTrainer, 300 steps, a checkpoint every 20."""
-    from mptrain import default_config
-
-    config = default_config()
-    config.trainer = "tests.trainers.TinyTrainer"
-    config.precision.policy = "mixed_float16"
-    config.loss_scale.initial_scale = 2.0**10
-    config.data.batch_size = 12
-    config.train.steps = 300
-    config.train.steps_per_loop = 10
-    config.eval.every_steps = 100
-    config.checkpoint.every_steps = 20
-    return config
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """The path of a config file for TinyTrainer."""
-    path = tmp_path / "tiny.py"
-    path.write_text(TINY)
-    return path
-
-
-def rows(workdir, **wanted):
-    """Returns the rows of metrics.jsonl that hold the wanted values."""
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if wanted.items() <= row.items()]
-
-
-def tensors(workdir, step):
-    """Returns {name: array} of a checkpoint."""
-    reader = tf.train.load_checkpoint(str(workdir / "checkpoints" / f"ckpt-{step}" / "state"))
-    names = [name for name in reader.get_variable_to_dtype_map() if name != "_CHECKPOINTABLE_OBJECT_GRAPH"]
-    return {name: reader.get_tensor(name) for name in names}
-
-
-def assert_same_checkpoint(left, right, step):
-    left, right = tensors(left, step), tensors(right, step)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        np.testing.assert_array_equal(value, right[name], err_msg=name)
+from tests.runs import assert_refused, mostly_slow, rows
 
 
 @pytest.mark.parametrize(
@@ -135,61 +80,6 @@ def test_mode_eval_evaluates_the_newest_checkpoint_and_trains_nothing(command, t
     assert [row["step"] for row in rows(tmp_path / "run", split="eval")] == [300]
 
 
-def launch(tiny, workdir, *flags):
-    """Starts a run and returns its process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "mptrain.main", f"--config={tiny}", f"--workdir={workdir}", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "120"},
-    )
-
-
-def start(tiny, workdir, *flags):
-    """Starts a run and returns its process once the first checkpoint is there."""
-    process = launch(tiny, workdir, *flags)
-    checkpoints = Checkpoints(workdir / "checkpoints", {}, keep=1)
-    while not checkpoints.steps() and process.poll() is None:
-        time.sleep(0.005)
-    return process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_saves_says_how_to_go_on_and_the_end_has_the_same_bits(command, tiny, tmp_path, number, status):
-    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
-    command(f"--config={tiny}", f"--workdir={whole}")
-    process = start(tiny, interrupted)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == status, stderr
-    assert f"go on with the same command and --workdir={interrupted}" in stdout
-    (event,) = rows(interrupted, event="preemption")
-    assert event["step"] < 300
-    finished = command(f"--config={tiny}", f"--workdir={interrupted}")
-    assert f"restored step {event['step']} of 300" in finished.stdout
-    assert_same_checkpoint(whole, interrupted, 300)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_killed_run_ends_with_the_same_bits(command, tiny, tmp_path, replicas):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ["--config.devices.strategy=mirrored", f"--config.devices.virtual_cpus={replicas}"]
-    command(f"--config={tiny}", f"--workdir={whole}", *flags)
-    process = start(tiny, killed, *flags)
-    process.kill()
-    process.communicate(timeout=120)
-    assert 300 not in Checkpoints(killed / "checkpoints", {}, keep=1).steps()
-    assert command(f"--config={tiny}", f"--workdir={killed}", *flags).returncode == 0
-    assert len(rows(killed, event="resume")) == 1
-    assert_same_checkpoint(whole, killed, 300)
-    losses = [[row["loss"] for row in rows(folder, split="eval", step=300)] for folder in (whole, killed)]
-    assert losses[0] == losses[1]
-
-
 BAD_FLAGS = {
     "unknown field": (["--config.train.step=3"], "unknown config field 'train.step': did you mean 'train.steps'?"),
     "unknown group": (["--config.optimiser.name=sgd"], "did you mean 'optimizer.name'?"),
@@ -229,14 +119,7 @@ BAD_FLAGS = {
 }
 
 
-def assert_refused(finished, message):
-    assert finished.returncode == 2, finished.stderr
-    assert message in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert len(finished.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize("mistake", BAD_FLAGS)
+@pytest.mark.parametrize("mistake", mostly_slow(BAD_FLAGS))
 def test_mistake_ends_in_one_line_and_status_2_and_writes_nothing(command, tiny, tmp_path, mistake):
     flags, message = BAD_FLAGS[mistake]
     assert_refused(command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", *flags), message)
@@ -244,7 +127,7 @@ def test_mistake_ends_in_one_line_and_status_2_and_writes_nothing(command, tiny,
 
 
 CHANGED = """
-from tests.test_main import tiny_config
+from tests.runs import tiny_config
 
 def get_config():
     config = tiny_config()
@@ -265,7 +148,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("mistake", BAD_FILES)
+@pytest.mark.parametrize("mistake", mostly_slow(BAD_FILES))
 def test_bad_config_file_ends_in_one_line_and_status_2(command, tmp_path, mistake):
     content, message = BAD_FILES[mistake]
     path = tmp_path / "bad.py"
@@ -296,7 +179,9 @@ def test_longer_run_in_the_same_folder_goes_on_and_says_so(command, tiny, tmp_pa
     assert 40 in Checkpoints(tmp_path / "run" / "checkpoints", {}, keep=1).steps()
 
 
-@pytest.mark.parametrize("kind", ["a file", "below a file", "somebody's folder", "damaged config.json", "not writable"])
+@pytest.mark.parametrize(
+    "kind", mostly_slow(["a file", "below a file", "somebody's folder", "damaged config.json", "not writable"])
+)
 def test_folder_that_cannot_be_used_is_refused(command, tiny, tmp_path, kind):
     workdir = tmp_path / "place"
     if kind == "somebody's folder":
@@ -316,40 +201,6 @@ def test_folder_that_cannot_be_used_is_refused(command, tiny, tmp_path, kind):
     assert str(workdir) in finished.stderr
 
 
-LONG_LOOPS = (
-    "--config.train.steps_per_loop=100000",
-    "--config.checkpoint.every_steps=100000",
-    "--config.eval.every_steps=100000",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_stops_at_once(tiny, tmp_path, number):
-    process = launch(tiny, tmp_path / "run", "--config.train.steps=200000", *LONG_LOOPS)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    time.sleep(3)  # into the first loop, which takes a minute
-    process.send_signal(number)
-    time.sleep(0.2)
-    process.send_signal(number)
-    begin = time.time()
-    _, stderr = process.communicate(timeout=60)
-    assert time.time() - begin < 1
-    assert process.returncode == 128 + number
-    assert "a second one stops at once" in stderr
-    assert "Traceback" not in stderr
-
-
-def test_ctrl_c_before_the_run_is_one_line(tiny, tmp_path):
-    process = launch(tiny, tmp_path / "run")
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.strip() == "mptrain: interrupted"
-
-
 @pytest.mark.slow
 def test_run_that_always_overflows_ends_with_status_1_and_the_layer(command, tmp_path):
     path = tmp_path / "overflow.py"
@@ -367,27 +218,3 @@ def test_run_that_always_overflows_ends_with_status_1_and_the_layer(command, tmp
     assert events[1]["loss_scale"] == 2.0**9
     assert events[0]["layer"] == "sequential/conv2d"
     assert "sequential/dense/bias" in events[0]["variables"]
-
-
-@pytest.mark.slow
-def test_second_process_in_the_same_folder_is_refused_by_the_firsts_name(command, tiny, tmp_path):
-    first = start(tiny, tmp_path / "run", "--config.train.steps=1000000")
-    finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1000000")
-    first.kill()
-    first.communicate(timeout=60)
-    assert_refused(finished, f"is in use by process {first.pid} on ")
-
-
-@pytest.mark.slow
-def test_damaged_checkpoint_is_put_aside_and_its_step_saved_again(command, tiny, tmp_path):
-    flags = [f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=40"]
-    command(*flags)
-    data = tmp_path / "run" / "checkpoints" / "ckpt-40" / "state.data-00000-of-00001"
-    whole = data.read_bytes()
-    data.write_bytes(whole[:10])
-    finished = command(*flags)
-    assert "ckpt-40 is damaged, passed over and put aside" in finished.stderr
-    assert "restored step 20 of 40" in finished.stdout
-    assert data.read_bytes() == whole
-    assert len(rows(tmp_path / "run", event="fallback")) == 1
-    assert [row["step"] for row in rows(tmp_path / "run", split="train")] == [10, 20, 30, 40]

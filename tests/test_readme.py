@@ -64,3 +64,16 @@ def test_make_test_runs_the_tests(checkout):
     finished = make(checkout, "test", "ARGS=-q tests/test_config.py")
     assert finished.returncode == 0, finished.stdout
     assert " passed" in finished.stdout
+
+
+@pytest.mark.slow
+def test_resume_command_of_the_readme_proves_what_it_says(tmp_path):
+    (flags,) = re.findall(r"python -m mptrain.main (--config=configs/mnist.py --mode=verify_resume .*)", README)
+    finished = subprocess.run(
+        [sys.executable, "-m", "mptrain.main", *flags.split(), f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "equal to the last bit after 3 kills" in finished.stdout

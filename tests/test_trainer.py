@@ -6,8 +6,9 @@ from ml_collections import ConfigDict
 
 from mptrain import InputError, LossScaleOptimizer, Trainer, data, precision
 from mptrain.checkpoints import Checkpoints
-from mptrain.runner import build_trainer
+from mptrain.runner import build_trainer, run
 from tests import trainers
+from tests.runs import rows
 
 
 def train(trainer, steps):
@@ -119,6 +120,46 @@ def test_evaluation_counts_every_example_once(config, mirrored, batch_size, repl
     assert float(tf.convert_to_tensor(trainer.metrics["accuracy"].count.value)) == 100
 
 
+def test_default_strategy_trains_and_evaluates(config):
+    trainer = trainers.TinyTrainer(config, tf.distribute.get_strategy())
+    assert train(trainer, 20)["loss"] < train(trainers.TinyTrainer(config), 1)["loss"]
+    assert trainer.evaluate(tf.constant(trainer.eval_steps))["loss"] > 0
+
+
+def test_model_may_branch_on_tensors_as_in_any_traced_function(config):
+    class Branching(trainers.TinyModule):
+        def __call__(self, x, training=False):
+            if tf.reduce_sum(x) > 0:
+                x = x / 2
+            return super().__call__(x)
+
+    class BranchingTrainer(trainers.TinyTrainer):
+        def build_model(self):
+            return Branching()
+
+    assert train(BranchingTrainer(config), 1)["applied_steps"] == 1
+
+
+def test_own_step_may_call_the_model_as_it_likes(config):
+    class TwoInputs(trainers.TinyModule):
+        def __call__(self, x, factor):
+            return super().__call__(x) * factor
+
+    class OwnStep(trainers.TinyTrainer):
+        def build_model(self):
+            return TwoInputs()
+
+        def replica_train_step(self, batch):
+            inputs = self.precision.cast_to_compute(batch["inputs"])
+            with tf.GradientTape() as tape:
+                outputs = self.precision.cast_to_output(self.model(inputs, tf.cast(2.0, inputs.dtype)))
+                scaled = self.optimizer.get_scaled_loss(self.reduce_loss(self.compute_loss(batch, outputs)))
+            gradients = self.optimizer.get_unscaled_gradients(tape.gradient(scaled, self.trainable_variables))
+            return self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+
+    assert train(OwnStep(config), 2)["applied_steps"] == 2
+
+
 def test_xla_compiles_the_whole_step(config):
     config.precision.policy = "float32"
     config.train.jit_compile = True
@@ -189,7 +230,7 @@ def test_accumulated_window_equals_the_large_batch(config, mirrored):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_overflow_inside_a_window_puts_back_the_statistics_of_all_its_steps(config, mirrored, replicas):
-    config.optimizer.accumulation_steps = 3
+    config.optimizer.accumulation_steps, config.eval.every_steps = 3, 6
     config.model = ConfigDict({"poisoned_steps": [4], "poisoned_replica": replicas - 1})
     trainer = trainers.PoisonedTrainer(config, mirrored(replicas))
     train(trainer, 3)
@@ -330,3 +371,29 @@ def test_forward_and_backward_compiled_by_xla_and_applied_outside(mirrored, repl
     loop(tf.constant([0.5, np.inf, 0.25]))
     np.testing.assert_allclose(variable.numpy(), [0.25, 1.25], rtol=1e-3)
     assert [(skip.update, skip.loss_finite) for skip in optimizer.skips(0, 1)] == [(1, False)]
+
+
+def test_trained_variable_outside_of_the_model_is_in_the_state(config, mirrored):
+    class WithTemperature(trainers.TinyTrainer):
+        def build_model(self):
+            self.temperature = tf.Variable(2.0, name="temperature")
+            return super().build_model()
+
+        @property
+        def trainable_variables(self):
+            return [*super().trainable_variables, self.temperature]
+
+        def compute_loss(self, batch, outputs):
+            return super().compute_loss(batch, outputs * self.temperature)
+
+    trainer = WithTemperature(config, mirrored(2))
+    trainer.train(tf.constant(3))
+    assert trainer.state["trainer/temperature"].numpy() == trainer.temperature.numpy() != 2.0
+    assert all(not path.startswith("trainer/") for path in trainers.TinyTrainer(config, mirrored(2)).state)
+
+
+def test_evaluations_fall_between_accumulation_windows(config, tmp_path):
+    config.optimizer.accumulation_steps = 4
+    config.train.steps, config.checkpoint.every_steps, config.eval.every_steps = 28, 28, 0
+    run(config, tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run", split="eval")] == [12, 24, 28]  # an epoch has 9 steps

@@ -1,16 +1,22 @@
 """Small Trainers on random data that the tests name in config.trainer."""
 
+import signal
+import time
+
 import keras
 import numpy as np
 import tensorflow as tf
 import tf_keras
 
 import mptrain
+from mptrain import optimizers
 from mptrain.data import Source
 
 
 class TinyTrainer(mptrain.Trainer):
     """Convolution, BatchNorm and dropout on 100 random images: every kind of state in under 1,000 parameters."""
+
+    dropout = 0.2
 
     def build_source(self, split):
         rng = np.random.default_rng(SEEDS[split])
@@ -26,7 +32,7 @@ class TinyTrainer(mptrain.Trainer):
                 layers.Conv2D(4, 3, activation="relu"),
                 layers.BatchNormalization(),
                 layers.Flatten(),
-                layers.Dropout(0.2),
+                layers.Dropout(self.dropout),
                 layers.Dense(3, dtype="float32"),
             ]
         )
@@ -110,15 +116,15 @@ class LoopDropoutTrainer(TinyTrainer):
 
     def build_model(self):
         self.masks = tf.Variable(tf.zeros([3, 100]), trainable=False)
-        self.dropout = keras.layers.Dropout(0.5)
+        self.loop_dropout = keras.layers.Dropout(0.5)
         model = super().build_model()
-        model.loop_dropout = self.dropout
+        model.loop_dropout = self.loop_dropout
         return model
 
     def augment(self, batch):
         masks = tf.TensorArray(tf.float32, 3)
         for i in tf.range(3):
-            masks = masks.write(i, tf.cast(self.dropout(tf.ones([100]), training=True), tf.float32))
+            masks = masks.write(i, tf.cast(self.loop_dropout(tf.ones([100]), training=True), tf.float32))
         self.masks.assign(masks.stack())
         return batch
 
@@ -134,7 +140,76 @@ class TfKerasTrainer(TinyTrainer):
                 layers.Conv2D(4, 3, activation="relu"),
                 layers.BatchNormalization(),
                 layers.Flatten(),
-                layers.Dropout(0.2),
+                layers.Dropout(self.dropout),
                 layers.Dense(3, dtype="float32"),
             ]
         )
+
+
+class DatasetTrainer(TinyTrainer):
+    """Draws from a tf.data pipeline of the user's own, with a shuffle and in one variant with Python code."""
+
+    def build_source(self, split):
+        arrays = super().build_source(split).arrays
+        dataset = tf.data.Dataset.from_tensor_slices(arrays)
+        if split == "train":
+            dataset = dataset.shuffle(100, seed=3).batch(12, drop_remainder=True)
+        else:
+            dataset = dataset.batch(self.config.data.eval_batch_size)
+        if self.config.model.get("python", False):
+            shape = dataset.element_spec["inputs"].shape
+            dataset = dataset.map(
+                lambda batch: (
+                    batch | {"inputs": tf.ensure_shape(tf.numpy_function(lambda x: x, [batch["inputs"]], tf.float32), shape)}
+                )
+            )
+        return dataset
+
+
+class EvenTrainer(TinyTrainer):
+    """TinyTrainer without dropout, which differs between replicas by design; its loss is scaled in every precision."""
+
+    dropout = 0.0
+
+    def augment(self, batch):
+        noise = tf.reshape(self.randomness.per_example(36), batch["inputs"].shape)
+        return batch | {"inputs": batch["inputs"] + 0.1 * noise}
+
+    def build_optimizer(self):
+        return optimizers.build(self.config, self.total_steps, scaled=True)
+
+
+class RestlessTrainer(TinyTrainer):
+    """Takes its augmentation from a random state that no checkpoint holds."""
+
+    def augment(self, batch):
+        return batch | {"inputs": batch["inputs"] + tf.random.normal(batch["inputs"].shape)}
+
+
+class SlowEvalTrainer(TinyTrainer):
+    """Takes 0.1 s for each batch of an evaluation."""
+
+    def replica_eval_step(self, batch):
+        with tf.control_dependencies([tf.numpy_function(lambda: time.sleep(0.1), [], [])]):
+            super().replica_eval_step(batch)
+
+
+class SlowStepTrainer(TinyTrainer):
+    """Takes a minute for each training step."""
+
+    def augment(self, batch):
+        with tf.control_dependencies([tf.numpy_function(lambda: time.sleep(60), [], [])]):
+            return {name: tf.identity(value) for name, value in batch.items()}
+
+
+class TimerTrainer(TinyTrainer):
+    """Has a timer of its own, whose signal comes fifty times a second while a loop runs."""
+
+    def train_loop_begin(self):
+        signal.signal(signal.SIGALRM, lambda number, frame: None)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        super().train_loop_begin()
+
+    def train_loop_end(self):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return super().train_loop_end()

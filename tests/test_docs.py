@@ -1,0 +1,53 @@
+"""What stands in docs/cluster.md is true as it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from mptrain import config, default_config
+from tests.conftest import ROOT
+from tests.test_multi_worker import free_ports
+
+CLUSTER = (ROOT / "docs" / "cluster.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", CLUSTER, re.DOTALL | re.MULTILINE)
+
+
+def test_every_flag_is_a_config_field_with_a_value_that_it_takes():
+    found = re.findall(r"--config\.([\w.]+)=([^\s\],`]+)", CLUSTER)
+    assert len(found) > 10
+    known = dict(config.fields(default_config()))
+    for path, value in found:
+        kind = type(known[path]) if known[path] is not None else int
+        values = {**known, "trainer": "a.B", "train.steps": 1, path: kind(value)}
+        config.validate(config.from_fields(values))
+
+
+def test_manifests_are_yaml_and_scripts_are_bash():
+    assert [yaml.safe_load(block)["kind"] for block in blocks("yaml")] == ["TFJob", "Job"]
+    for block in blocks("sh"):
+        subprocess.run(["bash", "-n", "-c", block], check=True)
+
+
+def test_arithmetic_of_scaling_prints_what_stands_below_it():
+    (code,) = blocks("python")
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"```\n{printed}```\n" in CLUSTER
+
+
+@pytest.mark.slow
+def test_two_workers_by_hand_train(tmp_path):
+    (script,) = [block for block in blocks("sh") if "TF_CONFIG" in block]
+    for written, free in zip(("2222", "2223"), free_ports(2), strict=True):
+        script = script.replace(written, str(free))
+    script = script.replace("runs/two", str(tmp_path / "two")).replace("python ", f"{sys.executable} ")
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+    finished = subprocess.run(["bash", "-ec", script], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    assert "eval  step 20" in finished.stdout
