@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from mptrain.errors import RunError
 
+_NO_METRICS = ("step", "split", "time", "nonfinite")
+_SAVED = ("resume", "preemption", "finished")  # events of runs that had a checkpoint then
 _OVERFLOWS = ("overflow", "overflows_forgotten")
 
 
@@ -30,6 +32,7 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike, last_step: float):
         self._path = pathlib.Path(path)
         self._evaluated = set()
+        self.last_loop = {}  # the metrics of the last training loop that an earlier process logged
         self._mode = {"mode": "eval"} if last_step == math.inf else {}
         try:
             self._keep_rows_up_to(last_step)
@@ -70,8 +73,11 @@ class MetricsLog:
         if last_step == math.inf or not self._path.exists():
             return
         lines = self._path.read_text(errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and _is_kept(line, last_step)]
+        kept = [line for line in lines if line.endswith("\n") and _is_kept(_row(line), last_step)]
         rows = [json.loads(line) for line in kept]
+        loops = [row for row in rows if row.get("split") == "train"]
+        last = (loops or [{}])[-1]
+        self.last_loop = {name: math.nan if last[name] is None else last[name] for name in last if name not in _NO_METRICS}
         self._evaluated = {row["step"] for row in rows if row.get("split") == "eval" and "mode" not in row}
         if kept != lines:
             temporary = self._path.with_name(f".{self._path.name}.writing")
@@ -83,7 +89,9 @@ class MetricsLog:
 
 
 class NoLog:
-    """The log of a worker that is not the chief: takes everything and writes nothing."""
+    """The log of a worker that is not the chief, or of an evaluation that may not write: takes everything, writes nothing."""
+
+    last_loop = {}
 
     def row(self, step: int, split: str, values: Mapping[str, float]) -> None:
         pass
@@ -98,12 +106,31 @@ class NoLog:
         pass
 
 
-def _is_kept(line: str, last_step: float) -> bool:
+def last_saved_or_trained(path: pathlib.Path, saved_after: int) -> int | None:
+    """Returns the last step that the log shows of a run that has saved; None if it need not have.
+
+    Args:
+        path: the log; need not be there.
+        saved_after: the run has saved if it logged a later step than this.
+    """
+    if not path.exists():
+        return None
+    rows = [row for row in map(_row, path.read_text(errors="replace").splitlines()) if row and "mode" not in row]
+    saved = any(row.get("event") in _SAVED or "split" in row and row["step"] > saved_after for row in rows)
+    return max(row["step"] for row in rows) if saved else None
+
+
+def _row(line: str) -> dict | None:
+    """Returns the row; None for a line that a kill cut short, the one that was written behind it, and what is none."""
     try:
         row = json.loads(line)
-    except ValueError:  # a line that a kill cut short, and the one that was written behind it
-        return False
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _is_kept(row: dict | None, last_step: float) -> bool:
+    if row is None:
         return False
     if row.get("event") in _OVERFLOWS:  # numbered by the step that overflowed: the first of all is number 0
         return row["step"] < last_step

@@ -1,5 +1,6 @@
 """A run's folder: where things lie in it, and whether a run may use one that is there already."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -8,11 +9,14 @@ import pathlib
 import platform
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
 
+import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain.errors import InputError
+from mptrain import metrics_log
+from mptrain.errors import InputError, RunError
 
 _OWN_NAMES = ("checkpoints", "metrics.jsonl", "precision_plan.txt", "export", "report")
 _PACKAGES = ("mptrain", "tensorflow", "keras", "tf-keras", "tf-models-official", "numpy", "ml-collections")
@@ -23,27 +27,29 @@ class RunFolder:
 
     Args:
         path: where it is, or will be.
+        read_only: whether a folder that cannot be written to will do, as for an evaluation.
 
     Raises:
         InputError: if the folder cannot be used: no folder, not writable, or the remains of something else.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, read_only: bool = False):
         self.path = pathlib.Path(path)
         self.config_file = self.path / "config.json"
         self.plan_file = self.path / "precision_plan.txt"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self._began_in = None  # the precision in config.json, once `changes` has read it
-        self._check_usable()
+        self._check_usable(read_only)
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, read_only: bool) -> None:
         there = self.path
         while not os.path.lexists(there):
             there = there.parent
         if not there.is_dir():
             raise InputError(f"--workdir={self.path}: {there} is not a folder")
-        if not os.access(there, os.W_OK | os.X_OK):
+        self.writable = os.access(there, os.W_OK | os.X_OK)
+        if not (self.writable or read_only):
             raise InputError(f"--workdir={self.path}: {there} cannot be written to; name another folder")
         remains = [name for name in _OWN_NAMES if (self.path / name).exists()]
         if remains and not self.config_file.exists():
@@ -88,6 +94,61 @@ class RunFolder:
                 f"--workdir={self.path}: the run began in {began} and auto now chooses {name}: write"
                 f" --config.precision.policy={began} in a new folder, or resume on the first hardware"
             )
+
+    def check_nothing_is_lost(self, config: ConfigDict, changes: Mapping[str, tuple[object, object]]) -> None:
+        """Refuses to begin anew, because no checkpoint was found, where metrics.jsonl shows that there must have been one.
+
+        Args:
+            config: the run's config.
+            changes: what `changes` returned for it.
+
+        Raises:
+            RunError: if there must have been a checkpoint.
+        """
+        every = config.checkpoint.every_steps
+        every = max(changes.get("checkpoint.every_steps", (every, every)))
+        # Steps behind the first two intervals are logged only when the first checkpoint is whole, be it written by a thread.
+        last = metrics_log.last_saved_or_trained(self.metrics_file, saved_after=2 * every)
+        if last is not None:
+            raise RunError(
+                f"{self.checkpoints} holds no checkpoint, but {self.metrics_file} goes to step {last}: put the checkpoints"
+                " back, name another folder, or begin anew over them with --config.checkpoint.restart_if_damaged=True"
+            )
+
+    def events(self, split: str) -> str | None:
+        """Returns the folder of TensorBoard's events of `split`, which is made; None where the run's folder is read-only.
+
+        Raises:
+            RunError: if it cannot be written to.
+        """
+        if not self.writable:
+            return None
+        folder = self.path / split
+        folder.mkdir(exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RunError(f"{folder} cannot be written to: name another --workdir, or change its permissions")
+        return str(folder)
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Makes one line of what the file system says about a file in this folder; a user's own files are none of ours.
+
+        Raises:
+            RunError: for such an error.
+        """
+        try:
+            yield
+        except OSError as error:
+            name = error.filename
+            if not isinstance(name, str) or self.path.absolute() not in pathlib.Path(name).absolute().parents:
+                raise
+            raise RunError(f"{error.filename} cannot be used: {error.strerror}") from error
+        except tf.errors.OpError as error:
+            message = str(error.message)
+            if str(self.path) not in message and "events file" not in message:  # TensorBoard's does not name the file
+                raise
+            reason = message.splitlines()[0].rsplit(";", 1)[-1].strip()
+            raise RunError(f"a file in {self.path} cannot be used: {reason}") from error
 
     def lock(self) -> None:
         """Makes the folder and keeps other processes from writing to it, until this process ends, however it ends.

@@ -40,14 +40,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     if mode not in config_lib.MODES:
         raise InputError(f"mode {mode!r} does not exist: write one of {', '.join(config_lib.MODES)}")
     config_lib.validate(config)
-    folder = RunFolder(workdir)
+    folder = RunFolder(workdir, read_only=mode == "eval")
     if mode == "verify_resume" and devices.is_multi_worker(config.devices):
         raise InputError("--mode=verify_resume kills and restarts the run on this host: use another devices.strategy for it")
     if mode == "verify_resume":
         return verify_resume.verify(config, folder.path / "verify_resume", Console())
     folder.changes(config)  # refuses another run's folder before anything is built
     strategy = devices.strategy(config.devices)
-    with Workers(strategy).named_in_errors():
+    with Workers(strategy).named_in_errors(), folder.named_in_errors():
         return _locked(build_trainer(config, strategy), folder, mode)
 
 
@@ -70,14 +70,24 @@ def _locked(trainer: Trainer, folder: RunFolder, mode: str) -> dict[str, float]:
 def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
     changes = folder.changes(trainer.config)  # once more, under the lock: another process may have begun a run meanwhile
     folder.check_precision(trainer.precision.name)
-    if not trainer.workers.is_chief:
-        console.warn("ready; the chief prints and writes")
-        step = _agreed_step(trainer, None)
-        if step is not None:
-            with trainer.strategy.scope():
-                checkpoints.restore(step)
-            trainer.restore_position(checkpoints.path(step))
-        return _Run(trainer, folder, checkpoints, console, NoLog()).run(mode)
+    begin = _begin if trainer.workers.is_chief else _follow
+    log = begin(trainer, folder, checkpoints, console, mode, changes)
+    return _Run(trainer, folder, checkpoints, console, log).run(mode)
+
+
+def _follow(trainer, folder, checkpoints, console, mode, changes) -> NoLog:
+    """Brings a worker that is not the chief to the chief's step."""
+    console.warn("ready; the chief prints and writes")
+    step = _agreed_step(trainer, None)
+    if step is not None:
+        with trainer.strategy.scope():
+            checkpoints.restore(step)
+        trainer.restore_position(checkpoints.path(step))
+    return NoLog()
+
+
+def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog | NoLog:
+    """Prints the plan, restores the newest checkpoint and writes the folder's first files, or what a resume adds to them."""
     hardware = devices.describe(trainer.strategy)
     plan = console.plan(precision.plan(trainer.model), _notes(trainer, hardware))
     for warning in trainer.precision_warnings:
@@ -90,16 +100,20 @@ def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
                 fallbacks.append, put_aside=mode != "eval", restart=trainer.config.checkpoint.restart_if_damaged
             )
     except RunError:
-        _tell_fallbacks(fallbacks, 0, console, MetricsLog(folder.metrics_file, last_step=math.inf))
+        _tell_fallbacks(fallbacks, 0, console, _log(folder, math.inf))
         raise
     if step is None and mode == "eval":
         raise RunError(f"--mode=eval: no checkpoint in {folder.checkpoints} is whole")
+    if step is None and not trainer.config.checkpoint.restart_if_damaged:
+        folder.check_nothing_is_lost(trainer.config, changes)
     _agreed_step(trainer, step)
     if step is not None:
         trainer.restore_position(checkpoints.path(step))
     if mode != "eval":
         folder.create(trainer.config, trainer.precision.name, hardware, plan)
-    log = MetricsLog(folder.metrics_file, last_step=math.inf if mode == "eval" else step or 0)
+    log = _log(folder, math.inf if mode == "eval" else step or 0)
+    if not folder.writable:
+        console.warn(f"{folder.path} cannot be written to: the evaluation is printed and not logged")
     _tell_fallbacks(fallbacks, step or 0, console, log)
     for path, (before, now) in changes.items():
         console.line(f"config.{path} was {before!r} and is {now!r} from here on")
@@ -111,7 +125,11 @@ def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
             data=str(trainer.training_batches),
             changes={path: list(pair) for path, pair in changes.items()},
         )
-    return _Run(trainer, folder, checkpoints, console, log).run(mode)
+    return log
+
+
+def _log(folder: RunFolder, last_step: float) -> MetricsLog | NoLog:
+    return MetricsLog(folder.metrics_file, last_step) if folder.writable else NoLog()
 
 
 def _agreed_step(trainer: Trainer, restored: int | None) -> int | None:
@@ -152,10 +170,6 @@ def build_trainer(config: ConfigDict, strategy: tf.distribute.Strategy | None = 
         ) from error
 
 
-def _reason(error: tf.errors.OpError) -> str:
-    return error.message.splitlines()[0].rsplit(";", 1)[-1].strip()
-
-
 def _notes(trainer: Trainer, hardware: str) -> list[str]:
     return [
         f"precision    {trainer.precision.name} ({trainer.precision.reason})",
@@ -189,10 +203,6 @@ class _Run:
             else:
                 with signals:
                     outputs = self._train(controller, evaluate=mode == "train_and_eval")
-        except tf.errors.OpError as error:
-            if "events file" not in str(error):
-                raise
-            raise RunError(f"the TensorBoard events in {self._folder.path} cannot be written: {_reason(error)}") from error
         except StopRun as stop:
             controller.summary_manager.flush()
             self._console.stop_progress()
@@ -210,17 +220,15 @@ class _Run:
         self._signals = signals = StopOnSignal(trainer, self._checkpoints, self._log, self._console)
         trainer.stop_requested = signals.agreed
         best = [KeepBest(trainer, self._checkpoints)] if config.checkpoint.keep_best and mode != "eval" else []
-        train_folder, eval_folder = (
-            str(self._folder.path / split) if trainer.workers.is_chief else None for split in ("train", "eval")
-        )
+        events = self._folder.events if trainer.workers.is_chief else lambda split: None
         controller = orbit.Controller(
             strategy=trainer.strategy,
             trainer=trainer,
             evaluator=trainer,
             global_step=trainer.global_step,
             steps_per_loop=self._steps_to_next_boundary,
-            summary_dir=train_folder,
-            eval_summary_dir=eval_folder,
+            summary_dir=None if mode == "eval" else events("train"),
+            eval_summary_dir=events("eval"),
             train_actions=[
                 LogMetrics(trainer, self._log, "train"),
                 ShowProgress(trainer, self._console),
@@ -244,8 +252,8 @@ class _Run:
         window = self._trainer.config.optimizer.accumulation_steps  # an evaluation may save, which no window survives
         every = self._trainer.config.eval.every_steps or math.ceil(self._trainer.steps_per_epoch / window) * window
         if self._step >= total:
-            self._console.line(f"this run is finished: {self._step} of {total} steps are done; evaluating it")
-            return self._evaluate(controller)
+            self._console.line(f"this run is finished: {self._step} of {total} steps are done{'; evaluating it' * evaluate}")
+            return self._evaluate(controller) if evaluate else self._log.last_loop
         self._console.start_progress(self._step, total)
         missing = self._trainer.workers.is_chief and not self._log.has_evaluation(self._step)
         if evaluate and self._step and self._step % every == 0 and self._trainer.workers.largest(missing):

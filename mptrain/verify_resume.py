@@ -10,9 +10,9 @@ from what an earlier one left.
 """
 
 import contextlib
-import json
 import os
 import pathlib
+import pickle
 import random
 import shutil
 import subprocess
@@ -28,14 +28,15 @@ from mptrain import tensor_file
 from mptrain.console import Console
 from mptrain.errors import InputError, RunError
 
-_CONFIG_FILE = """import json
-import pathlib
+# A pickle, because JSON would make lists of the tuples in config.model.
+_CONFIG_FILE = """import pathlib
+import pickle
 
 from mptrain.config import from_fields
 
 
 def get_config():
-    return from_fields(json.loads((pathlib.Path(__file__).parent / "fields.json").read_text()))
+    return from_fields(pickle.loads((pathlib.Path(__file__).parent / "fields.pickle").read_bytes()))
 """
 
 
@@ -58,7 +59,7 @@ def verify(config: ConfigDict, folder: pathlib.Path, console: Console) -> dict[s
         raise InputError(f"{folder} is there already: remove it, or name another --workdir")
     folder.mkdir(parents=True)
     config = _shortened(config)
-    (folder / "fields.json").write_text(json.dumps(dict(config_lib.fields(config))))
+    (folder / "fields.pickle").write_bytes(pickle.dumps(dict(config_lib.fields(config))))
     (folder / "config.py").write_text(_CONFIG_FILE)
     lead = _run_straight(config, folder, console)
     kills = _kill_and_resume(config, folder, lead, console)
