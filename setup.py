@@ -14,11 +14,17 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["mptrain", "mptrain.*"]),
-    package_data={"mptrain.data": ["mnist/*.gz"]},
+    package_data={
+        "mptrain.data": ["mnist/*.gz"],
+        "mptrain.numerics": ["*.html", "*.css", "*.js"],
+        "mptrain.pages": ["*.html", "*.css", "*.js"],
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         "absl-py",
+        "jinja2",
         "keras>=3.12",
+        "matplotlib",
         "ml-collections>=1.0",
         "numpy",
         "rich>=13",
@@ -31,6 +37,6 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.21"],
         "kubernetes": ["kubernetes"],  # for devices.cluster="kubernetes"
         "tfds": ["array-record", "tensorflow-datasets"],
-        "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "selenium"],
     },
 )
