@@ -56,9 +56,9 @@ def trace(model: Callable, loss: Callable, batch) -> Forward:
     seen = {}
 
     def forward(batch):
-        with keras_calls.recorded() as calls:
+        with keras_calls.recorded() as record:
             outputs = model(batch)
-        seen.update(calls=calls, outputs=tf.nest.flatten(outputs), last=last_layers(outputs, calls))
+        seen.update(calls=record.calls, outputs=tf.nest.flatten(outputs), last=last_layers(outputs, record.calls))
         loss(batch, outputs)
 
     concrete = tf.function(forward).get_concrete_function(batch)
@@ -79,7 +79,7 @@ def last_layers(outputs, calls: Iterable[LayerCall]) -> list[LayerCall]:
         found.update({id(call): call for call in makers.get(tensor.ref(), ())})
         return any(call.layer.weights for call in makers.get(tensor.ref(), ()))
 
-    for _ in _backwards(_tensors(outputs), is_end):
+    for _ in backwards(_tensors(outputs), is_end):
         pass
     return list(found.values())
 
@@ -98,13 +98,13 @@ def dtype_on_the_way(losses: tf.Tensor, outputs) -> tf.DType | None:
     def is_end(tensor: tf.Tensor) -> bool:
         return is_start(tensor) or tensor.dtype in SIXTEEN_BITS
 
-    for tensor in _backwards([losses], is_end):
+    for tensor in backwards([losses], is_end):
         if is_start(tensor):
             continue
         inside = {tensor.dtype, *_dtypes_in_functions(tensor.op)}
         sixteen = [dtype for dtype in SIXTEEN_BITS if dtype in inside]
         if sixteen:
-            before = list(_backwards([tensor], is_start))
+            before = list(backwards([tensor], is_start))
             reads = any(source.dtype == tf.resource for each in before for source in each.op.inputs)
             if any(map(is_start, before)) and not reads:
                 return sixteen[0]
@@ -134,7 +134,7 @@ def _dtypes_in_functions(op: tf.Operation) -> frozenset[tf.DType]:
     return _dtypes(nodes)
 
 
-def _backwards(tensors: Iterable[tf.Tensor], is_end: Callable[[tf.Tensor], bool]) -> Iterator[tf.Tensor]:
+def backwards(tensors: Iterable[tf.Tensor], is_end: Callable[[tf.Tensor], bool] = lambda tensor: False) -> Iterator[tf.Tensor]:
     """Yields the tensors and those they are computed from, each once, going on behind those that are no end."""
     seen, todo = set(), list(tensors)
     while todo:

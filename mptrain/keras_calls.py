@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator
 
 import keras
@@ -41,34 +42,54 @@ class LayerCall:
         return floating and bool(self.layer.weights) and keras_compat.casts_inputs(self.layer)
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[list[LayerCall]]:
-    """Yields a list that fills with the calls of Keras layers in the graph that is being traced, in forward order.
+class Record(threading.local):
+    """The calls of Keras layers in one graph, in forward order; each replica's thread has its own.
 
-    Calls in graphs inside it, such as those of an RNN's cell, belong to the layer that is called outside. For as long as the
-    context lasts, both generations' `Layer.__call__` is replaced: Keras offers no hook that sees inputs before their cast.
+    Attributes:
+        graph: the graph whose calls are recorded. Calls in graphs inside it, such as those of an RNN's cell, belong to the
+            layer that is called outside.
+        calls: what was recorded.
     """
-    graph = tf.compat.v1.get_default_graph()
-    calls, running = [], []
+
+    def __init__(self):
+        self.graph = None
+        self.calls: list[LayerCall] = []
+        self.running: list[LayerCall] = []
+
+    def begin(self) -> None:
+        """Starts anew, with the graph that this thread is tracing."""
+        self.graph, self.calls, self.running = tf.compat.v1.get_default_graph(), [], []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Record]:
+    """Yields a record of the calls of Keras layers, which begins in the graph that is being traced.
+
+    For as long as the context lasts, both generations' `Layer.__call__` is replaced: Keras offers no hook that sees inputs
+    before their cast.
+    """
+    record = Record()
+    record.begin()
     bases = (keras.Layer, tf_keras.layers.Layer)
     originals = [base.__call__ for base in bases]
     try:
         for base, original in zip(bases, originals, strict=True):
-            base.__call__ = _recording(original, graph, calls, running)
-        yield calls
+            base.__call__ = _recording(original, record)
+        yield record
     finally:
         for base, original in zip(bases, originals, strict=True):
             base.__call__ = original
 
 
-def _recording(original: Callable, graph: tf.Graph, calls: list[LayerCall], running: list[LayerCall]) -> Callable:
+def _recording(original: Callable, record: Record) -> Callable:
     @functools.wraps(original)
     def __call__(layer, *args, **kwargs):
+        running = record.running
         in_rnn = running and isinstance(running[-1].layer, _RNNS)  # calls its cell here once, to see what it returns
-        if in_rnn or tf.compat.v1.get_default_graph() is not graph:
+        if in_rnn or tf.compat.v1.get_default_graph() is not record.graph:
             return original(layer, *args, **kwargs)
         call = LayerCall(layer, _tensors((args, kwargs)))
-        calls.append(call)
+        record.calls.append(call)
         for outer in running:
             outer.innermost = False
         running.append(call)

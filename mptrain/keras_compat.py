@@ -180,10 +180,26 @@ def layers_in(layer) -> list:
 def set_policy(layer, name: str) -> None:
     """Gives a Keras layer, built or not, and all layers inside it the dtype policy `name`; variables keep their dtype."""
     for each in layers_in(layer):
-        if isinstance(each, keras.Layer):
-            each.dtype_policy = name
-        else:
-            each._set_dtype_policy(tf_keras.mixed_precision.Policy(name))  # tf_keras has no public way once a layer exists
+        _set_one_policy(each, name if isinstance(each, keras.Layer) else tf_keras.mixed_precision.Policy(name))
+
+
+def _set_one_policy(layer, policy) -> None:
+    if isinstance(layer, keras.Layer):
+        layer.dtype_policy = policy
+    else:
+        layer._set_dtype_policy(policy)  # tf_keras has no public way once a layer exists
+
+
+@contextlib.contextmanager
+def policy(layer, name: str) -> Iterator[None]:
+    """Gives a Keras layer and all layers inside it the dtype policy `name` for as long as the context lasts."""
+    before = [(each, each.dtype_policy) for each in layers_in(layer)]
+    try:
+        set_policy(layer, name)
+        yield
+    finally:
+        for each, its in before:
+            _set_one_policy(each, its)
 
 
 def _is_input(layer) -> bool:
