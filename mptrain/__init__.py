@@ -23,7 +23,19 @@ _HOMES = {
     "InputError": "mptrain.errors",
     "RunError": "mptrain.errors",
 }
-_ROOMS = ("config", "data", "devices", "errors", "layers", "loss_scale", "optimizers", "precision", "runner", "trainer")
+_ROOMS = (
+    "config",
+    "data",
+    "devices",
+    "errors",
+    "layers",
+    "loss_scale",
+    "numerics",
+    "optimizers",
+    "precision",
+    "runner",
+    "trainer",
+)
 
 __all__ = sorted((*_HOMES, *_ROOMS))
 

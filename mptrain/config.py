@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_dict
 
 from mptrain.errors import InputError
 
-MODES = ("train", "eval", "train_and_eval", "verify_resume")
+MODES = ("train", "eval", "train_and_eval", "verify_resume", "numerics")
 PRECISIONS = ("auto", "native", "float32", "mixed_float16", "mixed_bfloat16")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
@@ -41,6 +41,7 @@ RESUMABLE = (
     "devices.",
     "data.eval_batch_size",
     "verify_resume.",
+    "numerics.",
 )
 
 
@@ -131,6 +132,13 @@ def default_config() -> ConfigDict:
     config.verify_resume = ConfigDict()  # --mode=verify_resume
     config.verify_resume.steps = 100  # that are trained straight, and again with kills
     config.verify_resume.kills = 5
+
+    config.numerics = ConfigDict()
+    config.numerics.provenance = True  # compute a skipped step again, to say which layer overflowed first
+    config.numerics.every_steps = 0  # exponents in TensorBoard, at absolute multiples; 0: none
+    config.numerics.layers = ("",)  # regexes; of the layers in whose path one is found
+    config.numerics.steps = 200  # --mode=numerics: that are trained and looked at
+    config.numerics.reference_every = 4  # --mode=numerics: each so many of them are computed in float32 too
 
     config.lock()
     config.model.unlock()
@@ -234,8 +242,8 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
             f" ({scale.min_scale:g}) and max_scale ({scale.max_scale:g})"
         )
     window = config.optimizer.accumulation_steps
-    saving = {"checkpoint.every_steps": config.checkpoint.every_steps, "eval.every_steps": config.eval.every_steps}
-    for path, value in (*saving.items(), ("train.steps", steps or 0)):
+    intervals = {f"{group}.every_steps": config[group].every_steps for group in ("checkpoint", "eval", "numerics")}
+    for path, value in (*intervals.items(), ("train.steps", steps or 0)):
         if window > 1 and value % window:
             yield (
                 f"config.{path} is {value}: write a multiple of optimizer.accumulation_steps ({window}), so that no checkpoint"
@@ -295,6 +303,8 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "data.context",
         "verify_resume.steps",
         "verify_resume.kills",
+        "numerics.steps",
+        "numerics.reference_every",
         "loss_scale.growth_interval",
         "loss_scale.hysteresis",
         "loss_scale.max_consecutive_skips",
@@ -307,6 +317,7 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
     not_negative = (
         "seed",
         "eval.every_steps",
+        "numerics.every_steps",
         "schedule.warmup_steps",
         "schedule.end_factor",
         "checkpoint.keep_best",

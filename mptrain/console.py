@@ -1,9 +1,10 @@
 """What the user sees: tables, a progress bar, one line an evaluation. Results go to stdout, progress to stderr."""
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import rich.box
 import rich.console
@@ -40,6 +41,10 @@ class Console:
         """Prints one line of result."""
         self._out.print(text, markup=False, soft_wrap=True)
 
+    def table(self, table: rich.table.Table) -> None:
+        """Prints a table of results."""
+        self._out.print(table)
+
     def warn(self, text: str) -> None:
         """Prints one line that the user should act on."""
         self._err.print(f"{self._prefix}{text}", markup=False, soft_wrap=True, style="yellow")
@@ -60,15 +65,25 @@ class Console:
             plain.print(table)
         return capture.get() + "".join(f"{note}\n" for note in notes)
 
-    def start_progress(self, step: int, total: int) -> None:
-        """Shows the bar at `step` of `total`; where stderr is no terminal, plain lines from now on."""
+    @contextlib.contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows a bar, or plain lines, named `what`; yields the function that is told how much of `total` is done."""
+        self.start_progress(0, total, what)
+        try:
+            yield lambda done: self.progress(done, {})
+        finally:
+            self.stop_progress()
+
+    def start_progress(self, step: int, total: int, what: str = "step") -> None:
+        """Shows the bar at `step` of `total`, named `what`; where stderr is no terminal, plain lines from now on."""
         self._total = total
+        self._what = what
         self._plain_since = (step, time.monotonic())
         self._last_plain = math.inf if self._quiet else time.monotonic()
         if self._quiet or not self._err.is_terminal:
             return
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("step"),
+            rich.progress.TextColumn(what),
             rich.progress.MofNCompleteColumn(),
             rich.progress.BarColumn(bar_width=20),
             rich.progress.TextColumn("{task.fields[metrics]}"),
@@ -88,7 +103,7 @@ class Console:
             self._last_plain = time.monotonic()
             first, start = self._plain_since
             left = (self._total - step) * (time.monotonic() - start) / (step - first)
-            self._err.print(f"step {step}/{self._total}  {_one_line(outputs)}  {_duration(left)} left", soft_wrap=True)
+            self._err.print(f"{self._what} {step}/{self._total}  {_one_line(outputs)}  {_duration(left)} left", soft_wrap=True)
 
     def stop_progress(self) -> None:
         """Takes the bar away."""

@@ -191,6 +191,7 @@ class RunFolder:
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.config_file, json.dumps(content, indent=1) + "\n")
             _replace(self.plan_file, plan)
         except OSError as error:

@@ -4,6 +4,7 @@ import math
 import os
 import time
 import traceback
+from collections.abc import Callable
 
 import tensorflow as tf
 from ml_collections import ConfigDict
@@ -15,10 +16,15 @@ from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
 from mptrain.errors import EvaluationStopped, InputError, RunError, StopRun
 from mptrain.metrics_log import MetricsLog, NoLog
+from mptrain.numerics import mode as numerics_mode
+from mptrain.numerics.provenance import Provenance
+from mptrain.numerics.tensorboard import Histograms
 from mptrain.orbit_import import orbit
 from mptrain.run_folder import RunFolder
 from mptrain.trainer import Trainer
 from mptrain.workers import Workers
+
+_WRITING = ("train", "train_and_eval")  # the modes that continue a run; the others look at it
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_eval") -> dict[str, float]:
@@ -27,10 +33,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     Args:
         config: a config made from `mptrain.default_config()`.
         workdir: the run's folder; made if it is not there.
-        mode: "train", "eval" (of the newest checkpoint), "train_and_eval", or "verify_resume" (see there).
+        mode: "train", "eval" (of the newest checkpoint), "train_and_eval", "verify_resume" or "numerics" (see there).
 
     Returns:
-        The final metrics: those of the last evaluation; in mode "train", of the last loop; in mode "verify_resume", counts.
+        The final metrics: those of the last evaluation; in mode "train", of the last loop; in "verify_resume" and "numerics",
+        counts.
 
     Raises:
         InputError: if config, data or folder cannot be used; nothing was written.
@@ -58,7 +65,7 @@ def _locked(trainer: Trainer, folder: RunFolder, mode: str) -> dict[str, float]:
     checkpoints = Checkpoints(folder.checkpoints, trainer.state, keep.keep, keep.keep_best, best, keep.async_save, not chief)
     if mode == "eval" and chief and not checkpoints.steps():
         raise InputError(f"--mode=eval: {folder.checkpoints} holds no checkpoint: name the folder of a run in --workdir")
-    if mode == "eval" or not chief:
+    if mode not in _WRITING or not chief:
         return _run_mode(trainer, folder, checkpoints, console, mode)
     folder.lock()
     try:
@@ -72,6 +79,8 @@ def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
     folder.check_precision(trainer.precision.name)
     begin = _begin if trainer.workers.is_chief else _follow
     log = begin(trainer, folder, checkpoints, console, mode, changes)
+    if mode == "numerics":
+        return numerics_mode.numerics(trainer, _builder(trainer.strategy), folder.path / "report", console)
     return _Run(trainer, folder, checkpoints, console, log).run(mode)
 
 
@@ -97,10 +106,10 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
     try:
         with trainer.strategy.scope():
             step = checkpoints.restore_newest(
-                fallbacks.append, put_aside=mode != "eval", restart=trainer.config.checkpoint.restart_if_damaged
+                fallbacks.append, put_aside=mode in _WRITING, restart=trainer.config.checkpoint.restart_if_damaged
             )
     except RunError:
-        _tell_fallbacks(fallbacks, 0, console, _log(folder, math.inf))
+        _tell_fallbacks(fallbacks, 0, console, _log(folder, mode, None))
         raise
     if step is None and mode == "eval":
         raise RunError(f"--mode=eval: no checkpoint in {folder.checkpoints} is whole")
@@ -109,9 +118,9 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
     _agreed_step(trainer, step)
     if step is not None:
         trainer.restore_position(checkpoints.path(step))
-    if mode != "eval":
+    if mode in _WRITING or mode != "eval" and not folder.config_file.exists():
         folder.create(trainer.config, trainer.precision.name, hardware, plan)
-    log = _log(folder, math.inf if mode == "eval" else step or 0)
+    log = _log(folder, mode, step)
     if not folder.writable:
         console.warn(f"{folder.path} cannot be written to: the evaluation is printed and not logged")
     _tell_fallbacks(fallbacks, step or 0, console, log)
@@ -128,8 +137,14 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
     return log
 
 
-def _log(folder: RunFolder, last_step: float) -> MetricsLog | NoLog:
-    return MetricsLog(folder.metrics_file, last_step) if folder.writable else NoLog()
+def _log(folder: RunFolder, mode: str, step: int | None) -> MetricsLog | NoLog:
+    if mode in _WRITING:
+        return MetricsLog(folder.metrics_file, last_step=step or 0)
+    return MetricsLog(folder.metrics_file, last_step=math.inf) if mode == "eval" and folder.writable else NoLog()
+
+
+def _builder(strategy: tf.distribute.Strategy) -> Callable[[ConfigDict], Trainer]:
+    return lambda config: build_trainer(config, strategy)
 
 
 def _agreed_step(trainer: Trainer, restored: int | None) -> int | None:
@@ -219,8 +234,13 @@ class _Run:
         trainer, config = self._trainer, self._trainer.config
         self._signals = signals = StopOnSignal(trainer, self._checkpoints, self._log, self._console)
         trainer.stop_requested = signals.agreed
+        if config.numerics.provenance:
+            trainer.investigate = Provenance(trainer, self._console, self._log)
         best = [KeepBest(trainer, self._checkpoints)] if config.checkpoint.keep_best and mode != "eval" else []
         events = self._folder.events if trainer.workers.is_chief else lambda split: None
+        histograms = []
+        if config.numerics.every_steps and mode != "eval":
+            histograms = [Histograms(trainer, events("train"), config.numerics.every_steps, config.numerics.layers)]
         controller = orbit.Controller(
             strategy=trainer.strategy,
             trainer=trainer,
@@ -234,6 +254,7 @@ class _Run:
                 ShowProgress(trainer, self._console),
                 OverflowGuard(trainer),
                 SaveCheckpoint(trainer, self._checkpoints, config.checkpoint.every_steps),
+                *histograms,
                 signals,
             ],
             eval_actions=[*best, LogMetrics(trainer, self._log, "eval"), signals],  # the row says that all of it is done
@@ -241,11 +262,12 @@ class _Run:
         return controller, signals
 
     def _steps_to_next_boundary(self, step: int) -> int:
-        """Loops end at absolute multiples, of the loop and of the checkpoint interval, wherever a run was resumed."""
+        """Loops end at absolute multiples, of the loop and of each interval, wherever a run was resumed."""
         config = self._trainer.config
         window = config.optimizer.accumulation_steps
         loop = math.ceil(config.train.steps_per_loop / window) * window
-        return min(every - int(step) % every for every in (loop, config.checkpoint.every_steps))
+        intervals = (loop, config.checkpoint.every_steps, config.numerics.every_steps)
+        return min(every - int(step) % every for every in intervals if every)
 
     def _train(self, controller: orbit.Controller, evaluate: bool) -> dict[str, float]:
         total = self._trainer.total_steps

@@ -37,6 +37,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         eval_source: the evaluation examples.
         global_step: int64 variable; counts attempted steps, so it is also the number of the next batch.
         randomness: random numbers for the step, functions of (seed, step) and of the replica or the example.
+        investigate: looks into skipped steps, where the runner wants that: see `numerics.provenance`.
         stop_requested: asked between two pieces of a loop, about once a second, whether to end it there; in all workers alike.
         workers: the processes that train together; one, but under "multi_worker".
 
@@ -58,6 +59,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.precision = precision.get(config.precision.policy, config.precision.float32_layers, hardware.of(self.strategy))
         self._check_workers()
         self.stop_requested: Callable[[], bool] = lambda: False
+        self.investigate = None
         self._position = None  # the step whose batch `_batches` yields next
         self._saved_position = None
         self._train_pieces = Pieces(config.optimizer.accumulation_steps, agree=self.workers.largest)
@@ -261,11 +263,34 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             self._train_loop_fn = self.create_train_loop_fn()
         with self.kernels.scope():
             for steps in self._train_pieces.cut(int(num_steps)):
-                self._train_loop_fn(self._batches, tf.constant(steps))
+                self._run_steps(steps)
                 self._position = int(self.global_step.numpy())  # which waits for the devices
                 if self.stop_requested():
                     break
         return self.train_loop_end()
+
+    def create_train_loop_fn(self):
+        """Returns the loop in the graph: so many steps, or until one more update was skipped than may be."""
+
+        @tf.function
+        def loop(iterator, steps, may_be_skipped):
+            done = tf.constant(0)
+            while done < steps and self.optimizer.skipped_steps <= may_be_skipped:
+                with tf.name_scope(""):
+                    self.train_step(iterator)
+                done += 1
+            return done
+
+        return loop
+
+    def _run_steps(self, steps: int) -> None:
+        """Runs the loop; where skipped steps are looked into, it stops at each while the weights are still those."""
+        while steps > 0:
+            wanted = self.investigate is not None and self.investigate.wanted()
+            may_be_skipped = int(self.optimizer.skipped_steps) if wanted else tf.int64.max
+            steps -= int(self._train_loop_fn(self._batches, tf.constant(steps), tf.constant(may_be_skipped, tf.int64)))
+            if int(self.optimizer.skipped_steps) > may_be_skipped:
+                self.investigate()
 
     def train_step(self, iterator) -> None:
         """Draws one global batch and trains on it in every replica; cross-replica context, in the graph."""
@@ -351,9 +376,9 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     @functools.cached_property
     def _step_function(self):
-        return tf.function(self._guarded_step, jit_compile=True) if self.kernels.jit_compile else self._guarded_step
+        return tf.function(self.guarded_step, jit_compile=True) if self.kernels.jit_compile else self.guarded_step
 
-    def _guarded_step(self, batch: Mapping[str, tf.Tensor]) -> None:
+    def guarded_step(self, batch: Mapping[str, tf.Tensor]) -> None:
         """Runs `replica_train_step`, and puts back what a skipped one did to statistics and metrics."""
         self.randomness.begin_step()
         batch = data.replica_share(batch, self.strategy)

@@ -26,6 +26,9 @@ _ITERATOR = "iterator"  # prefix of the files in which an iterator's state is sa
 class TrainingBatches:
     """The endless training batches of one run, for the replicas of this worker.
 
+    Attributes:
+        by_number: whether each batch is a function of (seed, step), which can be read again.
+
     Args:
         source: the examples.
         batch_size: of the global batch.
@@ -38,8 +41,8 @@ class TrainingBatches:
 
     def __init__(self, source: AnySource, *, batch_size: int, seed: int, strategy: tf.distribute.Strategy):
         per_replica(batch_size, strategy)
-        self._by_number = not isinstance(source, DatasetSource)
-        if not self._by_number and source.batch_size != batch_size:
+        self.by_number = not isinstance(source, DatasetSource)
+        if not self.by_number and source.batch_size != batch_size:
             raise InputError(
                 f"config.data.batch_size is {batch_size} and the tf.data.Dataset yields batches of {source.batch_size}: give"
                 " both the size of the global batch"
@@ -49,10 +52,10 @@ class TrainingBatches:
         self._seed = seed
         self._strategy = strategy
         self._iterator = None
-        self._savable = not self._by_number and self._can_be_saved()
+        self._savable = not self.by_number and self._can_be_saved()
 
     def __str__(self) -> str:
-        if self._by_number:
+        if self.by_number:
             return f"{len(self._source):,} examples; each batch is a function of (seed, step)"
         how = "the iterator's state, saved" if self._savable else "counted; a resumed run skips the batches it has seen"
         return f"a tf.data.Dataset; the position in it is {how}"
@@ -70,13 +73,17 @@ class TrainingBatches:
             tf.train.Checkpoint(iterator=self._iterator).read(str(folder / _ITERATOR)).assert_consumed()
         return self._iterator
 
+    def read(self, step: int):
+        """Returns an iterator like that of `open`, beside it; only where batches are read by number."""
+        return iter(self._dataset(step))
+
     def save(self, folder: pathlib.Path) -> None:
         """Writes the position to `folder`, where it is more than the step."""
         if self._savable and self._iterator is not None:
             tf.train.Checkpoint(iterator=self._iterator).write(str(folder / _ITERATOR))
 
     def _dataset(self, step: int) -> tf.data.Dataset:
-        if self._by_number:
+        if self.by_number:
             return _numbered(self._source, self._batch, step, _END)
         places = _places(self._batch_size, self._strategy)
         mine = self._source.dataset.repeat().skip(step)

@@ -1,0 +1,120 @@
+"""Looks at one train step: computes it with every tensor of interest counted, and brings the counts to the host."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from mptrain import keras_compat, precision
+from mptrain.numerics.recorder import Recorder, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What one step showed, over all replicas.
+
+    Attributes:
+        sites: what was looked at: outputs in forward order, gradients in the order in which the step asked for them.
+        counts: int64 [sites, n], as `tally.count` returns them.
+        largest: the largest finite magnitudes, as they were in the step, float32 [sites].
+        scales: what the true values had been multiplied by, float32 [sites].
+    """
+
+    sites: Sequence[Site]
+    counts: np.ndarray
+    largest: np.ndarray
+    scales: np.ndarray
+
+
+class Probe:
+    """A trainer's train step, looked at.
+
+    Args:
+        trainer: any `Trainer`.
+        applied: whether the step trains, as the trainer's own does; else nothing that it changes stays changed.
+        reference: whether all layers compute in float32, whatever their precision is.
+        float32_layers: or only those whose paths are given.
+    """
+
+    def __init__(self, trainer, *, applied: bool = False, reference: bool = False, float32_layers: Iterable[str] = ()):
+        self._trainer = trainer
+        self._applied = applied
+        self._reference = reference
+        self._float32_layers = tuple(float32_layers)
+        self._recorder = Recorder(trainer, dry=not applied)
+        self._step = tf.function(self._traced)
+
+    def __call__(self, batch, *, step: int | None = None, loss_scale: float | None = None) -> Sight:
+        """Computes one step.
+
+        Args:
+            batch: a worker's share of a global batch.
+            step: its number, from which its randomness follows; default: the trainer's. Of a step that is not applied.
+            loss_scale: default: the optimizer's. Of a step that is not applied.
+        """
+        changed = contextlib.nullcontext() if self._applied else preserved(self._trainer)
+        with changed, self._precision(), self._kernels().scope():
+            if step is not None:
+                self._trainer.global_step.assign(step)
+            if loss_scale is not None:
+                self._trainer.optimizer.state["loss_scale/loss_scale"].assign(loss_scale)
+            counts, largest, scales = self._step(batch)
+        gathered = self._trainer.workers.gather(*largest.numpy())
+        return Sight(self._recorder.sites, counts.numpy(), gathered.max(axis=0).astype(np.float32), scales.numpy())
+
+    def _traced(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        strategy = self._trainer.strategy
+        with self._recorder.recording():
+            counts, largest, scales = strategy.run(self._in_replica, args=(batch,))
+        if self._applied:
+            self._trainer.global_step.assign_add(1)
+        largest = tf.reduce_max(tf.stack(strategy.experimental_local_results(largest)), 0)
+        return strategy.reduce("SUM", counts, axis=None), largest, strategy.experimental_local_results(scales)[0]
+
+    def _in_replica(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        self._recorder.begin()
+        self._trainer.guarded_step(batch)
+        return self._recorder.counts()
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Layers compute in float32 where that is asked for; read by Keras and by the trainer while the step is traced."""
+        trainer, own = self._trainer, self._trainer.precision
+        layers = list(keras_compat.all_layers_by_path(trainer))
+        if not self._reference:
+            named = dict(keras_compat.all_layers_by_path(trainer.model))
+            layers = [(path, named[path]) for path in self._float32_layers]
+        with contextlib.ExitStack() as stack:
+            for _, layer in layers:
+                stack.enter_context(keras_compat.policy(layer, "float32"))
+            if self._reference:
+                trainer.precision = precision.get("float32")
+            try:
+                yield
+            finally:
+                trainer.precision = own
+
+    def _kernels(self) -> precision.Kernels:
+        float16 = self._trainer.uses_float16 and not self._reference
+        return precision.kernels(float16, "auto", self._trainer.strategy)
+
+
+def variables(trainer) -> list[tf.Variable]:
+    """Returns every variable that a step of the trainer may change."""
+    found = [*trainer.state.values(), *trainer.optimizer.window.values(), *keras_compat.variables(trainer)]
+    found += [variable for metric in trainer.metrics.values() for variable in metric.variables]
+    return list({id(raw): raw for raw in map(keras_compat.raw, found)}.values())
+
+
+@contextlib.contextmanager
+def preserved(trainer) -> Iterator[None]:
+    """Puts everything that a step of the trainer changes back, in each replica, to the bits that it has now."""
+    parts = [part for variable in variables(trainer) for part in trainer.strategy.experimental_local_results(variable)]
+    before = [tf.identity(part) for part in parts]
+    try:
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.assign(value)
