@@ -18,6 +18,7 @@ from mptrain.orbit_import import orbit
 from mptrain.pieces import Pieces
 from mptrain.randomness import StepRandomness
 from mptrain.state_guard import StateGuard
+from mptrain.train_loop import TrainLoop
 from mptrain.workers import Workers
 
 
@@ -60,9 +61,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self._check_workers()
         self.stop_requested: Callable[[], bool] = lambda: False
         self.investigate = None
-        self._position = None  # the step whose batch `_batches` yields next
-        self._saved_position = None
-        self._train_pieces = Pieces(config.optimizer.accumulation_steps, agree=self.workers.largest)
+        self._train_loop = TrainLoop(self)
         self._eval_pieces = Pieces(agree=self.workers.largest)
         keras_compat.seed_everything(config.seed)  # also for a shuffle without a seed in a user's dataset
         self.train_source = data.as_source(self.build_source("train"))
@@ -245,52 +244,21 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     def restore_position(self, folder: pathlib.Path) -> None:
         """The next loop opens the data where `save_position` was called; the step must be that one already."""
-        self._saved_position, self._position = folder, None
+        self._train_loop.restore_position(folder)
 
     # What Orbit calls.
 
     def train_loop_begin(self) -> None:
-        step = int(self.global_step.numpy())
-        if self._position != step:
-            self._batches = self.training_batches.open(step, self._saved_position)
+        self._train_loop.open()
         self._reset_metrics()
-        self._loop_start = (step, time.perf_counter(), int(self.optimizer.applied_steps))
+        self._loop_start = (int(self.global_step.numpy()), time.perf_counter(), int(self.optimizer.applied_steps))
 
     def train(self, num_steps: tf.Tensor) -> dict[str, float]:
         """Runs one loop in the graph, in pieces of about a second; `stop_requested` may end it after any of them."""
         self.train_loop_begin()
-        if self._train_loop_fn is None:
-            self._train_loop_fn = self.create_train_loop_fn()
         with self.kernels.scope():
-            for steps in self._train_pieces.cut(int(num_steps)):
-                self._run_steps(steps)
-                self._position = int(self.global_step.numpy())  # which waits for the devices
-                if self.stop_requested():
-                    break
+            self._train_loop.run(int(num_steps))
         return self.train_loop_end()
-
-    def create_train_loop_fn(self):
-        """Returns the loop in the graph: so many steps, or until one more update was skipped than may be."""
-
-        @tf.function
-        def loop(iterator, steps, may_be_skipped):
-            done = tf.constant(0)
-            while done < steps and self.optimizer.skipped_steps <= may_be_skipped:
-                with tf.name_scope(""):
-                    self.train_step(iterator)
-                done += 1
-            return done
-
-        return loop
-
-    def _run_steps(self, steps: int) -> None:
-        """Runs the loop; where skipped steps are looked into, it stops at each while the weights are still those."""
-        while steps > 0:
-            wanted = self.investigate is not None and self.investigate.wanted()
-            may_be_skipped = int(self.optimizer.skipped_steps) if wanted else tf.int64.max
-            steps -= int(self._train_loop_fn(self._batches, tf.constant(steps), tf.constant(may_be_skipped, tf.int64)))
-            if int(self.optimizer.skipped_steps) > may_be_skipped:
-                self.investigate()
 
     def train_step(self, iterator) -> None:
         """Draws one global batch and trains on it in every replica; cross-replica context, in the graph."""

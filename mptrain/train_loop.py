@@ -1,0 +1,61 @@
+"""Runs train steps in the graph, from any step on, in pieces of about a second."""
+
+import pathlib
+
+import tensorflow as tf
+
+from mptrain.pieces import Pieces
+
+
+class TrainLoop:
+    """The loop of one trainer: where it is in the data, and how far it goes between two looks at the outside world.
+
+    Args:
+        trainer: whose `train_step` draws a batch and trains on it, and whose `stop_requested` and `investigate` are asked.
+    """
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+        self._pieces = Pieces(trainer.config.optimizer.accumulation_steps, agree=trainer.workers.largest)
+        self._batches = None
+        self._position = None  # the step whose batch `_batches` yields next
+        self._saved_position = None
+        self._function = tf.function(self._steps)
+
+    def restore_position(self, folder: pathlib.Path) -> None:
+        """Opens the data anew with the next step, at the position that was saved in `folder`."""
+        self._saved_position, self._position = folder, None
+
+    def open(self) -> None:
+        """Makes the next batch that of the trainer's step."""
+        step = int(self._trainer.global_step.numpy())
+        if self._position != step:
+            self._batches = self._trainer.training_batches.open(step, self._saved_position)
+            self._position = step
+
+    def run(self, steps: int) -> None:
+        """Runs so many steps; `stop_requested` may end it after any piece of them."""
+        for piece in self._pieces.cut(steps):
+            self._run_piece(piece)
+            self._position = int(self._trainer.global_step.numpy())  # which waits for the devices
+            if self._trainer.stop_requested():
+                break
+
+    def _run_piece(self, steps: int) -> None:
+        """Runs the loop in the graph; it ends at a skipped step that is looked into, while the weights are still those."""
+        trainer = self._trainer
+        while steps > 0:
+            wanted = trainer.investigate is not None and trainer.investigate.wanted()
+            may_be_skipped = int(trainer.optimizer.skipped_steps) if wanted else tf.int64.max
+            steps -= int(self._function(self._batches, tf.constant(steps), tf.constant(may_be_skipped, tf.int64)))
+            if int(trainer.optimizer.skipped_steps) > may_be_skipped:
+                trainer.investigate()
+
+    def _steps(self, batches, steps: tf.Tensor, may_be_skipped: tf.Tensor) -> tf.Tensor:
+        """Trains in the graph until `steps` are done, or more than `may_be_skipped` were skipped; returns how many it did."""
+        done = tf.constant(0)
+        while done < steps and self._trainer.optimizer.skipped_steps <= may_be_skipped:
+            with tf.name_scope(""):
+                self._trainer.train_step(batches)
+            done += 1
+        return done
