@@ -263,7 +263,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     def train_step(self, iterator) -> None:
         """Draws one global batch and trains on it in every replica; cross-replica context, in the graph."""
         batch = next(iterator)
-        self.strategy.run(self._step_function, args=(batch,))
+        self.strategy.run(lambda batch: self._step_function(data.replica_share(batch, self.strategy)), args=(batch,))
         self.global_step.assign_add(1)
 
     def train_loop_end(self) -> dict[str, float]:
@@ -349,7 +349,6 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     def guarded_step(self, batch: Mapping[str, tf.Tensor]) -> None:
         """Runs `replica_train_step`, and puts back what a skipped one did to statistics and metrics."""
         self.randomness.begin_step()
-        batch = data.replica_share(batch, self.strategy)
         self._guard(lambda: self._checked_step(batch))
 
     def _checked_step(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:

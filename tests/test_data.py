@@ -331,3 +331,15 @@ def test_weights_that_the_examples_bring_count_in_evaluation(mirrored):
     source = Source({"inputs": np.arange(3), "weight": np.float32([0.5, 0.25, 2.0])})
     batches = list(eval_dataset(source, batch_size=2, strategy=mirrored(1)))
     assert [batch["weight"].numpy().tolist() for batch in batches] == [[0.5, 0.25], [2.0, 0.0]]
+
+
+def test_each_device_is_sent_its_share_only(mirrored):
+    strategy = mirrored(2)
+
+    @tf.function
+    def step(batch):
+        return strategy.run(lambda batch: replica_share(batch, strategy)["inputs"] + 1.0, args=(batch,))
+
+    operations = step.get_concrete_function({"inputs": tf.TensorSpec([6, 3])}).graph.get_operations()
+    devices = {kind: {op.device[-5:] for op in operations if op.type == kind} for kind in ("StridedSlice", "AddV2")}
+    assert devices == {"StridedSlice": {"CPU:0"}, "AddV2": {"CPU:0", "CPU:1"}}

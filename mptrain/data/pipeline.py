@@ -144,17 +144,21 @@ def per_replica(batch_size: int, strategy: tf.distribute.Strategy) -> int:
 
 
 def replica_share(batch: dict, strategy: tf.distribute.Strategy) -> dict:
-    """Returns this replica's share of its worker's batch; in a replica."""
-    local = len(local_devices(strategy))
-    if local == 1:
+    """Returns this replica's share of its worker's batch; in a replica.
+
+    It is cut on the host, so that each device is sent its share only; a TPU's program cannot be left for that.
+    """
+    devices = local_devices(strategy)
+    if len(devices) == 1:
         return batch
-    index = tf.distribute.get_replica_context().replica_id_in_sync_group % local
+    index = tf.distribute.get_replica_context().replica_id_in_sync_group % len(devices)
 
     def share(value):
-        size = value.shape[0] // local
+        size = value.shape[0] // len(devices)
         return tf.ensure_shape(value[index * size : (index + 1) * size], [size, *value.shape[1:]])
 
-    return tf.nest.map_structure(share, batch)
+    with contextlib.nullcontext() if "TPU" in devices[0] else tf.device("CPU:0"):
+        return tf.nest.map_structure(share, batch)
 
 
 def _numbered(source, batch, start: int, end: int) -> tf.data.Dataset:

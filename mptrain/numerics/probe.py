@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from mptrain import keras_compat, precision
+from mptrain import data, keras_compat, precision
 from mptrain.numerics.recorder import Recorder, Site
 
 
@@ -75,7 +75,7 @@ class Probe:
 
     def _in_replica(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         self._recorder.begin()
-        self._trainer.guarded_step(batch)
+        self._trainer.guarded_step(data.replica_share(batch, self._trainer.strategy))
         return self._recorder.counts()
 
     @contextlib.contextmanager
