@@ -9,6 +9,7 @@ import pathlib
 import platform
 import subprocess
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 
 import tensorflow as tf
@@ -18,7 +19,7 @@ from mptrain import config as config_lib
 from mptrain import metrics_log
 from mptrain.errors import InputError, RunError
 
-_OWN_NAMES = ("checkpoints", "metrics.jsonl", "precision_plan.txt", "export", "report")
+_OWN_NAMES = ("checkpoints", "metrics.jsonl", "precision_plan.txt", "export")
 _PACKAGES = ("mptrain", "tensorflow", "keras", "tf-keras", "tf-models-official", "numpy", "ml-collections")
 
 
@@ -169,8 +170,15 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"--workdir={self.path} cannot be written to: {error.strerror}; name another folder") from error
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self._lock.flush()
+
+    def mark(self) -> int:
+        """Returns a checksum of the file that says who has locked the folder, and when; 0 where there is none."""
+        try:
+            return zlib.crc32((self.path / ".lock").read_bytes())
+        except OSError:
+            return 0
 
     def unlock(self) -> None:
         """Lets others write to the folder again."""

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
@@ -25,6 +26,7 @@ from mptrain.trainer import Trainer
 from mptrain.workers import Workers
 
 _WRITING = ("train", "train_and_eval")  # the modes that continue a run; the others look at it
+_SHARED_WITHIN = 30.0  # seconds in which a file that the chief has written is seen by all workers
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_eval") -> dict[str, float]:
@@ -59,6 +61,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
 
 
 def _locked(trainer: Trainer, folder: RunFolder, mode: str) -> dict[str, float]:
+    trainer.workers.check_same({"--mode": mode})
     chief, keep = trainer.workers.is_chief, trainer.config.checkpoint
     console = Console("" if chief else str(trainer.workers))
     best = f"{keep.best_mode} {keep.best_metric}"
@@ -75,6 +78,8 @@ def _locked(trainer: Trainer, folder: RunFolder, mode: str) -> dict[str, float]:
 
 
 def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
+    if mode in _WRITING:
+        _check_shared(folder, trainer.workers)
     changes = folder.changes(trainer.config)  # once more, under the lock: another process may have begun a run meanwhile
     folder.check_precision(trainer.precision.name)
     begin = _begin if trainer.workers.is_chief else _follow
@@ -82,6 +87,23 @@ def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
     if mode == "numerics":
         return numerics_mode.numerics(trainer, _builder(trainer.strategy), folder.path / "report", console)
     return _Run(trainer, folder, checkpoints, console, log).run(mode)
+
+
+def _check_shared(folder: RunFolder, workers: Workers) -> None:
+    """Checks that all workers see the file by which the chief has locked the folder; a file server may take a while.
+
+    Raises:
+        InputError: on every worker, if one does not.
+    """
+    mark = workers.largest(folder.mark() if workers.is_chief else 0)
+    deadline = time.monotonic() + _SHARED_WITHIN
+    while folder.mark() != mark and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if (elsewhere := np.flatnonzero(workers.gather(folder.mark() != mark)[:, 0])).size:
+        raise InputError(
+            f"--workdir={folder.path} is not the chief's folder on worker {elsewhere[0]}: name one on a file system that all"
+            " workers share"
+        )
 
 
 def _follow(trainer, folder, checkpoints, console, mode, changes) -> NoLog:
@@ -118,7 +140,7 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
     _agreed_step(trainer, step)
     if step is not None:
         trainer.restore_position(checkpoints.path(step))
-    if mode in _WRITING or mode != "eval" and not folder.config_file.exists():
+    if mode in _WRITING:
         folder.create(trainer.config, trainer.precision.name, hardware, plan)
     log = _log(folder, mode, step)
     if not folder.writable:

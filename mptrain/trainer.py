@@ -11,7 +11,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import data, devices, hardware, keras_compat, model_check, optimizers, precision
+from mptrain import data, devices, hardware, keras_compat, model_check, optimizers, precision, workers_check
 from mptrain.errors import EvaluationStopped, InputError
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.orbit_import import orbit
@@ -58,7 +58,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.strategy = strategy or devices.strategy(config.devices)
         self.workers = Workers(self.strategy)
         self.precision = precision.get(config.precision.policy, config.precision.float32_layers, hardware.of(self.strategy))
-        self._check_workers()
+        workers_check.check_config(self)
         self.stop_requested: Callable[[], bool] = lambda: False
         self.investigate = None
         self._train_loop = TrainLoop(self)
@@ -69,6 +69,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.training_batches = data.TrainingBatches(
             self.train_source, batch_size=config.data.batch_size, seed=config.seed, strategy=self.strategy
         )
+        workers_check.check_examples(self)
         keras_compat.seed_everything(config.seed)
         with self.strategy.scope():
             self.global_step = orbit.utils.create_global_step()
@@ -262,7 +263,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     def train_step(self, iterator) -> None:
         """Draws one global batch and trains on it in every replica; cross-replica context, in the graph."""
-        batch = next(iterator)
+        batch = self.training_batches.of_this_worker(next(iterator))
         self.strategy.run(lambda batch: self._step_function(data.replica_share(batch, self.strategy)), args=(batch,))
         self.global_step.assign_add(1)
 
@@ -318,11 +319,6 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         return self._metric_results()
 
     # The rest.
-
-    def _check_workers(self) -> None:
-        local = ("data.dir", "devices.")  # where a host keeps its data and how it is reached is its own affair
-        fields = {f"config.{path}": value for path, value in config_lib.fields(self.config) if not path.startswith(local)}
-        self.workers.check_same({**fields, "the precision": self.precision.name, "replicas": self.workers.local_replicas})
 
     def _create_variables(self) -> None:
         """Calls a model that has no variables yet on one example, as a subclassed Keras model needs."""

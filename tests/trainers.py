@@ -213,3 +213,9 @@ class TimerTrainer(TinyTrainer):
     def train_loop_end(self):
         signal.setitimer(signal.ITIMER_REAL, 0)
         return super().train_loop_end()
+
+
+class NpzTrainer(TinyTrainer):
+    """TinyTrainer on what config.data names."""
+
+    build_source = mptrain.Trainer.build_source

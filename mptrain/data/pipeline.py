@@ -61,7 +61,7 @@ class TrainingBatches:
         return f"a tf.data.Dataset; the position in it is {how}"
 
     def open(self, step: int, folder: pathlib.Path | None = None):
-        """Returns an iterator whose first batch is that of `step`: dicts of tensors [batch_size / workers, ...].
+        """Returns an iterator whose first batch is that of `step`: dicts of tensors, of which `of_this_worker` is the share.
 
         Args:
             step: any number opens as fast as 0, but in a dataset whose position is counted.
@@ -85,11 +85,18 @@ class TrainingBatches:
     def _dataset(self, step: int) -> tf.data.Dataset:
         if self.by_number:
             return _numbered(self._source, self._batch, step, _END)
+        return self._source.dataset.repeat().skip(step)
+
+    def of_this_worker(self, batch: dict) -> dict:
+        """Returns this worker's share of what the iterator yields; in the graph.
+
+        A user's dataset yields global batches on every worker, so that the position in it is the same on all of them, and the
+        chief's holds for all.
+        """
         places = _places(self._batch_size, self._strategy)
-        mine = self._source.dataset.repeat().skip(step)
-        if len(places) < self._batch_size:
-            mine = mine.map(lambda batch: {name: tensor[places.start : places.stop] for name, tensor in batch.items()})
-        return mine
+        if self.by_number or len(places) == self._batch_size:
+            return batch
+        return {name: tensor[places.start : places.stop] for name, tensor in batch.items()}
 
     def _batch(self, step: tf.Tensor, read) -> dict:
         places = _places(self._batch_size, self._strategy)
