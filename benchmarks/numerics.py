@@ -2,7 +2,7 @@
 
     python -m benchmarks.numerics [ROUNDS]
 
-A turn is 12 steps. Looked at, every one is counted and trains, and one in four is computed in float32 too, as in that mode.
+A turn is 16 steps. Looked at, every one is counted and trains, and one in eight is computed in float32 too, as in that mode.
 """
 
 import os
@@ -19,7 +19,7 @@ from mptrain import config as config_lib
 from mptrain import runner
 from mptrain.numerics.collection import Collector
 
-STEPS = 12
+STEPS = 16
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ def default_config() -> ConfigDict:
     config.numerics.every_steps = 0  # exponents in TensorBoard, at absolute multiples; 0: none
     config.numerics.layers = ("",)  # regexes; of the layers in whose path one is found
     config.numerics.steps = 200  # --mode=numerics: that are trained and looked at
-    config.numerics.reference_every = 4  # --mode=numerics: each so many of them are computed in float32 too
+    config.numerics.reference_every = 8  # --mode=numerics: each so many of them are computed in float32 too
 
     config.lock()
     config.model.unlock()

@@ -54,10 +54,10 @@ class HalfSoftmax(keras.layers.Layer):
 
 
 class SoftmaxTrainer(VectorTrainer):
-    """Attention-like weights by a softmax that is computed in float16, of scores up to a hundred."""
+    """Attention-like weights by a softmax that is computed in float16, of scores up to fifty."""
 
     def middle(self):
-        scores = keras.layers.Dense(32, name="scores", kernel_initializer=keras.initializers.RandomNormal(stddev=5.0))
+        scores = keras.layers.Dense(32, name="scores", kernel_initializer=keras.initializers.RandomNormal(stddev=2.0))
         return [scores, HalfSoftmax(name="softmax"), keras.layers.Dense(32, activation="relu", name="second")]
 
 
@@ -116,3 +116,50 @@ class OldKerasTrainer(VectorTrainer):
                 layers.Dense(3, dtype="float32", name="logits"),
             ]
         )
+
+
+class KeywordTrainer(TinyTrainer):
+    """Applies its gradients by keyword, and draws noise from a generator of its own."""
+
+    def build_model(self):
+        self.generator = tf.random.Generator.from_seed(1)
+        return super().build_model()
+
+    def replica_train_step(self, batch):
+        with tf.GradientTape() as tape:
+            noise = self.generator.normal(batch["inputs"].shape)
+            outputs = self.precision.cast_to_output(self.model(self.precision.cast_to_compute(batch["inputs"] + noise)))
+            loss = self.reduce_loss(self.compute_loss(batch, outputs))
+            scaled_loss = self.optimizer.get_scaled_loss(loss)
+        gradients = self.optimizer.get_unscaled_gradients(tape.gradient(scaled_loss, self.trainable_variables))
+        applied = self.optimizer.apply_gradients(grads_and_vars=zip(gradients, self.trainable_variables, strict=True))
+        self.update_metrics(batch, outputs, loss)
+        return applied
+
+
+class FunctionTrainer(TinyTrainer):
+    """Traces its step into a function of its own, which hides the tape."""
+
+    @tf.function
+    def replica_train_step(self, batch):
+        return super().replica_train_step(batch)
+
+
+class FailingLookTrainer(TinyTrainer):
+    """Cannot be traced a second time."""
+
+    traces = 0
+
+    def replica_train_step(self, batch):
+        self.traces += 1
+        if self.traces > 1:
+            raise RuntimeError("traced once more")
+        return super().replica_train_step(batch)
+
+
+class PassingOnTrainer(LoudTrainer):
+    """A layer that passes its input on stands behind `loud`."""
+
+    def middle(self):
+        first, loud, quiet = super().middle()
+        return [first, loud, keras.layers.Activation("linear", name="nothing"), quiet]

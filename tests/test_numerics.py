@@ -47,6 +47,7 @@ def batch(trainer, step=0):
 
 FAULTS = {
     "activations above 65,504": ("LoudTrainer", "sequential/loud", "65,504", {}),
+    "before a layer that passes on": ("PassingOnTrainer", "sequential/loud", "65,504", {}),
     "the same in tf_keras": ("OldKerasTrainer", "sequential/loud", "65,504", {}),
     "gradients below 2**-24": (
         "FaintTrainer",
@@ -166,6 +167,20 @@ def test_plain_module_shows_its_scopes_and_what_is_watched(sick, tmp_path):
     assert riskiest(report)["path"] == "loud"
     assert "compute 'loud' in float32" in report["advice"]["text"]
     assert report["advice"]["check"] is None
+
+
+def test_step_in_a_function_of_its_own_is_told_that_nothing_is_seen(sick, tmp_path):
+    config = sick("FunctionTrainer")
+    with pytest.raises(InputError, match="shows no layer"):
+        mptrain.run(config, tmp_path / "run", "numerics")
+
+
+def test_advice_can_be_pasted_into_the_config_of_the_same_folder(sick, tmp_path):
+    config = sick("LoudTrainer", steps=4)
+    report = report_of(config, tmp_path / "run")
+    config.precision.float32_layers = tuple(report["advice"]["float32_layers"])
+    config.train.steps = 20
+    mptrain.run(config, tmp_path / "run", "train")
 
 
 def test_module_without_scopes_is_told_how_to_show_itself(sick, tmp_path):

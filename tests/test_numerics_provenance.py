@@ -90,3 +90,18 @@ def test_infinite_input_is_not_called_an_overflow_of_float16(overflowing, tmp_pa
     [event] = rows(tmp_path / "run", event="provenance")
     assert event["largest"] is None
     assert "is not finite in float32 either" in capfd.readouterr().err
+
+
+def test_generator_of_the_users_own_goes_on_as_if_nothing_had_looked(overflowing, tmp_path):
+    for look in (True, False):
+        config = overflowing("tests.sick_trainers.KeywordTrainer", **{"numerics.provenance": look})
+        mptrain.run(config, tmp_path / str(look))
+        assert bool(rows(tmp_path / str(look), event="provenance")) == look
+    assert_same_checkpoint(tmp_path / "True", tmp_path / "False", 40)
+
+
+def test_step_that_cannot_be_looked_at_trains_on(overflowing, tmp_path, capfd):
+    for name in ("FunctionTrainer", "FailingLookTrainer"):
+        mptrain.run(overflowing(f"tests.sick_trainers.{name}"), tmp_path / name)
+        assert rows(tmp_path / name, event="finished")
+    assert "skipped steps cannot be looked into (traced once more)" in capfd.readouterr().err

@@ -1,7 +1,6 @@
 """What to write into the config: the fewest layers to hold in float32, and the loss scale; tried before it is advised."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 
@@ -50,7 +49,7 @@ class Advice:
         if self.float32_layers:
             lines.append(f"config.precision.float32_layers = {self.float32_layers!r}")
         if self.initial_scale is not None:
-            lines.append(f"config.loss_scale.initial_scale = 2.0**{round(math.log2(self.initial_scale))}")
+            lines.append(f"config.loss_scale.initial_scale = {self.initial_scale!r}")
         lines += [f"# In your own code, compute {path!r} in float32: tf.cast(x, tf.float32)." for path in self.outside]
         if not self:
             lines.append("pass")
@@ -77,8 +76,9 @@ def advise(trainer, judged: Sequence[Layer], fitting: Scales | None, batches: Se
     scale = fitting and _scale(trainer.config.loss_scale, fitting)
     needed = [layer.path for layer in judged if layer.held and layer.path in reached]
     held = list(needed)
-    while (bad := _first_bad(trainer, held, scale, batches)) in order:
-        free = [path for path in order[order.index(bad) :] if path not in held]
+    while (bad := _first_bad(trainer, held, scale, batches)) is not None:
+        behind = order[order.index(bad) :] if bad in order else []
+        free = [path for path in (bad, *behind) if path in reached and path not in held]
         if not free:
             break
         held.append(free[0])
@@ -86,7 +86,7 @@ def advise(trainer, judged: Sequence[Layer], fitting: Scales | None, batches: Se
         fewer = [other for other in held if other != path]
         if _first_bad(trainer, fewer, scale, batches) is None:
             held = fewer
-    regexes = [f"^{re.escape(path)}$" for path in order if path in held]
+    regexes = [f"^{re.escape(path)}$" for path in reached if path in held]
     before = [pattern for pattern in trainer.precision.float32_layers if pattern not in regexes]
     outside = tuple(layer.path for layer in judged if layer.held and layer.path not in reached)
     return Advice((*before, *regexes), scale, outside)

@@ -35,9 +35,13 @@ def numerics(trainer, build, folder: pathlib.Path, console: Console) -> dict[str
     Raises:
         InputError: if there is no layer or scope to look at.
     """
+    if trainer.workers.is_chief:
+        folder.mkdir(parents=True, exist_ok=True)
     start = {path: variable.numpy() for path, variable in trainer.state.items()}
     found, judged, fitting = _run(trainer, console, "numerics")
     whole = report.build(trainer, found, judged, fitting)
+    if trainer.workers.is_chief:
+        _write(whole, folder)  # what was found does not wait for what is advised
     before = report.outcome(found, judged)
     half = trainer
     if not trainer.uses_float16 and trainer.precision.name == "float32":
@@ -70,7 +74,8 @@ def _run(trainer, console: Console, what: str) -> tuple[Collection, list[Layer],
             " tensors to mptrain.numerics.watch(name, tensor)"
         )
     fitting = scales(found, judged)
-    judge(found, judged, fitting, found.scales[-1][1])
+    scale = found.scales[-1][1] if trainer.uses_float16 else trainer.config.loss_scale.initial_scale
+    judge(found, judged, fitting, scale)
     return found, judged, fitting
 
 
@@ -115,7 +120,6 @@ def _closing(whole: dict, folder: pathlib.Path) -> Iterator[str]:
 
 
 def _write(whole: dict, folder: pathlib.Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "numerics.json").write_text(json.dumps(whole, indent=1, allow_nan=False))
     write_page(whole, folder)
     write_picture(whole, folder / "numerics.png")

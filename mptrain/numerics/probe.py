@@ -54,15 +54,19 @@ class Probe:
             step: its number, from which its randomness follows; default: the trainer's. Of a step that is not applied.
             loss_scale: default: the optimizer's. Of a step that is not applied.
         """
-        changed = contextlib.nullcontext() if self._applied else preserved(self._trainer)
-        with changed, self._precision(), self._kernels().scope():
+        with contextlib.ExitStack() as stack:
+            for context in (self._precision(), self._kernels().scope()):
+                stack.enter_context(context)
+            function = self._step.get_concrete_function(batch)
+            if not self._applied:
+                stack.enter_context(preserved(self._trainer, function.graph.variables))
             if step is not None:
                 self._trainer.global_step.assign(step)
             if loss_scale is not None:
                 self._trainer.optimizer.state["loss_scale/loss_scale"].assign(loss_scale)
-            counts, largest, scales = self._step(batch)
-        gathered = self._trainer.workers.gather(*largest.numpy())
-        return Sight(self._recorder.sites, counts.numpy(), gathered.max(axis=0).astype(np.float32), scales.numpy())
+            counts, largest, scales = function(batch)
+        largest = self._trainer.workers.gather(*largest.numpy()).max(axis=0)
+        return Sight(self._recorder.sites, counts.numpy(), largest.astype(np.float32), scales.numpy())
 
     def _traced(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         strategy = self._trainer.strategy
@@ -109,9 +113,16 @@ def variables(trainer) -> list[tf.Variable]:
 
 
 @contextlib.contextmanager
-def preserved(trainer) -> Iterator[None]:
-    """Puts everything that a step of the trainer changes back, in each replica, to the bits that it has now."""
+def preserved(trainer, read: Iterable[tf.Variable] = ()) -> Iterator[None]:
+    """Puts everything that a step of the trainer changes back, in each replica, to the bits that it has now.
+
+    Args:
+        trainer: the trainer.
+        read: more variables, which the step's graph reads or writes: the user's own may lie anywhere.
+    """
     parts = [part for variable in variables(trainer) for part in trainer.strategy.experimental_local_results(variable)]
+    known = {id(part) for part in parts}
+    parts += [part for part in read if id(part) not in known]
     before = [tf.identity(part) for part in parts]
     try:
         yield

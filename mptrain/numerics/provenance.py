@@ -5,15 +5,17 @@ import math
 import time
 
 from mptrain.console import Console
+from mptrain.errors import one_line
 from mptrain.metrics_log import MetricsLog
 from mptrain.numerics.collection import first_nonfinite
 from mptrain.numerics.probe import Probe, Sight
-from mptrain.numerics.recorder import OUTPUT, WEIGHT, Site
+from mptrain.numerics.recorder import GRADIENT, OUTPUT, WEIGHT, Site
 from mptrain.numerics.tally import FORMATS
 from mptrain.skip_log import Skip
 
 _AT_ONCE = 3  # overflows that are looked into before they are rationed
 _PAUSE = 300.0  # seconds between two of the later ones
+_NAMES = {OUTPUT: "the output of", GRADIENT: "the gradient at the output of", WEIGHT: "the gradient of"}
 _LOWER = 2.0**-12  # of the loss scale: at so much less a gradient shows how large it is
 
 
@@ -28,6 +30,7 @@ class Origin:
         largest: how large the values are that overflowed: an output in float32, a gradient multiplied by the loss scale; None
             where they are not finite there either.
         variables: the paths of those whose gradients are not finite.
+        loss_finite: whether the loss was.
     """
 
     step: int
@@ -35,22 +38,27 @@ class Origin:
     loss_scale: float
     largest: float | None
     variables: tuple[str, ...]
+    loss_finite: bool
 
     @property
     def forward(self) -> bool:
-        """Whether the forward pass overflowed, which no loss scale cures."""
-        return self.site.kind == OUTPUT
+        """Whether the forward pass or the loss overflowed, which no loss scale cures."""
+        return self.site.kind == OUTPUT or not self.loss_finite
 
     def __str__(self) -> str:
+        where = f"step {self.step}: {_NAMES[self.site.kind]} {self.site.path}"
         reaches = f"reaches {self.largest:,.0f}" if self.largest else "is not finite in float32 either"
-        if self.forward:
+        if self.site.kind == OUTPUT:
             if self.largest and self.largest <= FORMATS["float16"].largest:
                 reaches = f"is not finite, though in float32 it stays below {self.largest:.3g}"
-            return f"step {self.step}: the output of {self.site.path} {reaches}: no loss scale cures that; see --mode=numerics"
-        what = "the gradient of" if self.site.kind == WEIGHT else "the gradient at the output of"
+            return f"{where} {reaches}: no loss scale cures that; see --mode=numerics"
+        if not self.loss_finite:
+            return f"{where} is not finite, as the loss, though all outputs are: no loss scale cures that; see --mode=numerics"
+        if not self.largest:
+            return f"{where} is not finite at any loss scale, though the loss is; see --mode=numerics"
         return (
-            f"step {self.step}: {what} {self.site.path} {reaches} at loss scale {self.loss_scale:,.0f}, which loss scaling"
-            f" cures; gradients of {len(self.variables)} variables are not finite"
+            f"{where} {reaches} at loss scale {self.loss_scale:,.0f}, which loss scaling cures; gradients of"
+            f" {len(self.variables)} variables are not finite"
         )
 
 
@@ -78,11 +86,16 @@ class Provenance:
 
     def __call__(self) -> None:
         """Looks into the update that was skipped last; called before another one is applied."""
-        optimizer = self._trainer.optimizer
-        count = int(optimizer.skipped_steps)
-        [skip] = optimizer.skips(count - 1, count)
-        origin = self.origin(skip)
+        count = int(self._trainer.optimizer.skipped_steps)
+        [skip] = self._trainer.optimizer.skips(count - 1, count)
         self._done, self._last = self._done + 1, time.monotonic()
+        try:
+            origin = self.origin(skip)
+        except Exception as error:  # of the user's step, traced once more: a look at a run must never end it
+            self._done, self._last = _AT_ONCE, math.inf
+            reason = (one_line(error).splitlines() or [type(error).__name__])[-1]
+            self._console.warn(f"skipped steps cannot be looked into ({reason}); config.numerics.provenance=False is silent")
+            return
         if origin is None:
             return
         self._console.warn(str(origin))
@@ -98,18 +111,17 @@ class Provenance:
         )
 
     def origin(self, skip: Skip) -> Origin | None:
-        """Computes the steps of a skipped update again; None where all of them are finite now, as their sum was not."""
-        window = self._trainer.optimizer.accumulation_steps
-        batches = self._trainer.training_batches.read(skip.update * window)
-        for step in range(skip.update * window, (skip.update + 1) * window):
+        """Computes the steps of the update that was skipped just now again; None where nothing in them is seen to overflow."""
+        end, window = int(self._trainer.global_step.numpy()), self._trainer.optimizer.accumulation_steps
+        batches = self._trainer.training_batches.read(end - window)
+        for step in range(end - window, end):
             batch = next(batches)
             sight = self._own(batch, step=step, loss_scale=skip.loss_scale)
-            site = first_nonfinite(sight)
-            if site is not None:
-                bad = tuple(
-                    site.path for site, row in zip(sight.sites, sight.counts, strict=True) if site.kind == WEIGHT and row[1]
-                )
-                return Origin(step, site, skip.loss_scale, self._largest(site, batch, step, skip.loss_scale), bad)
+            if (site := first_nonfinite(sight)) is not None:
+                rows = zip(sight.sites, sight.counts, strict=True)
+                bad = tuple(other.path for other, row in rows if other.kind == WEIGHT and row[1])
+                largest = self._largest(site, batch, step, skip.loss_scale)
+                return Origin(step, site, skip.loss_scale, largest, bad, skip.loss_finite)
         return None
 
     def _largest(self, site: Site, batch, step: int, scale: float) -> float | None:

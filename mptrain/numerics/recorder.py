@@ -58,7 +58,8 @@ class _Trace(threading.local):
         self.first = len(self.graph.get_operations())
         self.scopes, self.named = {}, []
         self.scales = {}  # scaled loss -> its scale
-        self.found = {}  # (path, kind) -> [(tensor, scale)]
+        self.found = {}  # (path, kind, scale) -> [tensor]
+        self.in_gradient = False
 
 
 class Recorder:
@@ -89,7 +90,7 @@ class Recorder:
         """Records what replicas trace inside, each from its `begin` on."""
         replacements = [(tf.GradientTape, "gradient", self._gradient), (LossScaleOptimizer, "get_scaled_loss", self._scaled)]
         if self._dry:
-            replacements.append((LossScaleOptimizer, "apply_gradients", lambda original, *args: tf.constant(False)))
+            replacements.append((LossScaleOptimizer, "apply_gradients", lambda original, *args, **kwargs: tf.constant(False)))
         if self._by_scope:
             replacements.append((tf.name_scope, "__enter__", self._enter))
         originals = [getattr(owner, name) for owner, name, _ in replacements]
@@ -119,19 +120,22 @@ class Recorder:
         Returns:
             Counts [sites, n], largest magnitudes [sites] and loss scales [sites], as `Tally` takes them.
         """
-        trace = self._trace
+        found, one = self._trace.found, tf.constant(1.0)
         for path, tensor in self._outputs():
-            trace.found.setdefault((path, OUTPUT), []).append((tensor, tf.constant(1.0)))
-        places = [(place, *each) for place, found in trace.found.items() for each in found]
-        counts, largest = tally.count([tensor for _, tensor, _ in places], [scale for *_, scale in places])
+            found.setdefault((path, OUTPUT, one.ref()), []).append(tensor)
         self.sites = [
-            Site(path, kind, found[0][0].dtype.name, self._owners[path] if kind == WEIGHT else path)
-            for (path, kind), found in trace.found.items()
+            Site(path, kind, tensors[0].dtype.name, self._owners[path] if kind == WEIGHT else path)
+            for (path, kind, _), tensors in found.items()
         ]
-        of = [index for index, found in enumerate(trace.found.values()) for _ in found]
-        scales = tf.stack([found[-1][1] for found in trace.found.values()])
-        sites = len(self.sites)
-        return tf.math.unsorted_segment_sum(counts, of, sites), tf.math.unsorted_segment_max(largest, of, sites), scales
+        if not found:
+            return tally.nothing()
+        scales = [scale.deref() for *_, scale in found]
+        of = [row for row, tensors in enumerate(found.values()) for _ in tensors]
+        tensors = [tensor for tensors in found.values() for tensor in tensors]
+        counts, largest = tally.count(tensors, [scales[row] for row in of])
+        rows = len(self.sites)
+        counts, largest = tf.math.unsorted_segment_sum(counts, of, rows), tf.math.unsorted_segment_max(largest, of, rows)
+        return counts, largest, tf.stack(scales)
 
     def _is_here(self) -> bool:
         return tf.compat.v1.get_default_graph() is getattr(self._trace, "graph", None)
@@ -148,18 +152,27 @@ class Recorder:
         return scaled
 
     def _gradient(self, original: Callable, tape: tf.GradientTape, target, sources, *args, **kwargs):
-        """Asks the tape for the gradients of the outputs too, in the same backward pass."""
-        if not self._is_here():
+        """Asks the tape for the gradients of the outputs too, in the same backward pass.
+
+        Only where trained variables are asked for, and not inside another backward pass: a gradient that the loss is made of,
+        or that is computed anew to save memory, is no gradient of the loss.
+        """
+        variables = [keras_compat.raw(source) for source in tf.nest.flatten(sources)]
+        trained = any(id(variable) in self._variables for variable in variables)
+        if not trained or not self._is_here() or self._trace.in_gradient:
             return original(tape, target, sources, *args, **kwargs)
         outputs = self._outputs()
-        result, found = original(tape, target, (sources, [tensor for _, tensor in outputs]), *args, **kwargs)
+        self._trace.in_gradient = True
+        try:
+            result, found = original(tape, target, (sources, [tensor for _, tensor in outputs]), *args, **kwargs)
+        finally:
+            self._trace.in_gradient = False
         scale = self._scale_of(target)
-        variables = [keras_compat.raw(source) for source in tf.nest.flatten(sources)]
         places = [(path, GRADIENT) for path, _ in outputs] + [(self._variables.get(id(v)), WEIGHT) for v in variables]
         for (path, kind), gradient in zip(places, [*found, *tf.nest.flatten(result)], strict=True):
             if path is not None and gradient is not None:
                 values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-                self._trace.found.setdefault((path, kind), []).append((values, scale))
+                self._trace.found.setdefault((path, kind, scale.ref()), []).append(values)
         return result
 
     def _scale_of(self, target) -> tf.Tensor:
@@ -174,9 +187,10 @@ class Recorder:
         found, inside = [], set()
         for call in reversed(self._calls.calls):  # inner calls come before the outer ones, which often return the same
             path = self._layers.get(id(call.layer))
-            known = inside | {tensor.ref() for tensor in call.inputs}
-            found += [(path, t) for t in call.outputs if path and t.dtype.is_floating and t.ref() not in known]
-            inside |= {tensor.ref() for tensor in call.outputs}
+            given = {tensor.ref() for tensor in call.inputs}
+            made = [tensor for tensor in call.outputs if tensor.ref() not in given]  # what is passed on is its maker's
+            found += [(path, t) for t in made if path and t.dtype.is_floating and t.ref() not in inside]
+            inside |= {tensor.ref() for tensor in made}
         found += [*self._trace.named, *self._scope_outputs()]
         places = {operation.name: place for place, operation in enumerate(self._trace.graph.get_operations())}
         return sorted(found, key=lambda item: places[item[1].op.name])

@@ -28,7 +28,7 @@ def build(trainer, found: Collection, judged: Sequence[Layer], fitting: Scales |
         "last_step": found.first_step + found.steps,
         "collected_steps": found.steps,
         "reference_steps": found.reference_steps,
-        "summary": _summary(judged, at_risk),
+        "summary": _summary(found, judged, at_risk),
         "formats": {name: _format(each) for name, each in FORMATS.items()},
         "loss_scale": {
             "dynamic": trainer.config.loss_scale.dynamic and trainer.uses_float16,
@@ -52,9 +52,10 @@ def outcome(found: Collection, judged: Sequence[Layer]) -> dict[str, float | Non
     }
 
 
-def _summary(judged: Sequence[Layer], at_risk: Sequence[Layer]) -> str:
+def _summary(found: Collection, judged: Sequence[Layer], at_risk: Sequence[Layer]) -> str:
     if not at_risk:
-        return f"All {len(judged)} layers fit."
+        skipped = f" {len(found.skips)} steps were skipped while the loss scale found its place." if found.skips else ""
+        return f"All {len(judged)} layers fit.{skipped}"
     first = max(at_risk, key=lambda layer: layer.risk)
     more = f"; {len(at_risk) - 1} more of {len(judged)} layers are at risk" if len(at_risk) > 1 else ""
     return f"{first.path}: {first.verdict}{more}."

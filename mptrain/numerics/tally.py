@@ -73,6 +73,11 @@ def count(tensors: Sequence[tf.Tensor], scales: Sequence[tf.Tensor]) -> tuple[tf
     return tf.stack(rows), tf.stack(largest)
 
 
+def nothing() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the counts, largest magnitudes and scales of no tensor at all."""
+    return tf.zeros([0, 7 + EXPONENTS], tf.int64), tf.zeros([0]), tf.zeros([0])
+
+
 def _boundaries(scales: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns where values vanish and overflow in float16, as they are and divided by their scales; [..., 2] each."""
     factors = tf.stack([tf.ones_like(scales), scales], -1)

@@ -15,6 +15,7 @@ from mptrain.numerics.tally import FORMATS
 _LARGEST = FORMATS["float16"].largest
 _LOST_GRADIENT = 0.01  # of the sum of magnitudes
 _LOST_OUTPUT = 0.05  # of the values that are not zero
+_NEXT_TO_NOTHING = 2.0**-20  # as the gradient of a bias before a normalization, which is zero but for rounding
 _SCALES = range(25)  # powers of two
 
 
@@ -79,8 +80,7 @@ def scales(found: Collection, judged: list[Layer]) -> Scales | None:
     """Returns the loss scales at which float16 holds the gradients of most layers; None where none has gradients."""
     bounds = {}
     for layer in judged:
-        sites = [site for site in (layer.gradient, *layer.weights) if site is not None]
-        ranges = [found.true(site) for site in sites if found.true(site).largest()]
+        ranges = [] if _is_held(found, layer) else _gradients(found, layer)
         if ranges:
             bounds[layer.path] = max(map(_lowest, ranges)), min(map(_highest, ranges))
     if not bounds:
@@ -89,6 +89,18 @@ def scales(found: Collection, judged: list[Layer]) -> Scales | None:
     best = min(_SCALES, key=lambda k: len(unfit[k]))
     fit = [bounds[path] for path in bounds if path not in unfit[best]] or [(best, best)]
     return Scales(max(low for low, _ in fit), min(max(_SCALES), *(high for _, high in fit)), tuple(unfit[best]))
+
+
+def _is_held(found: Collection, layer: Layer) -> bool:
+    """Whether a layer computes in float32 in a run that computes in 16 bits."""
+    return layer.dtype == "float32" and bool(found.reference)
+
+
+def _gradients(found: Collection, layer: Layer) -> list[Range]:
+    """Returns the ranges of a layer's gradients, but those that are next to nothing beside the others."""
+    ranges = [found.true(site) for site in (layer.gradient, *layer.weights) if site is not None]
+    top = max((each.largest() for each in ranges), default=0.0)
+    return [each for each in ranges if each.largest() > top * _NEXT_TO_NOTHING]
 
 
 def _lowest(values: Range) -> int:
@@ -116,10 +128,9 @@ def _cause(found: Collection, layer: Layer, fitting: Scales | None, scale: float
     if layer.dtype == "bfloat16":
         return 0.0, "computes in bfloat16, whose range is float32's"
     output = found.true(layer.output) if layer.output else Range()
-    gradients = [found.true(site) for site in (layer.gradient, *layer.weights) if site is not None]
+    gradients = _gradients(found, layer)
     largest = output.largest()
-    in_float32 = layer.dtype == "float32" and bool(found.reference)
-    if in_float32:
+    if _is_held(found, layer):
         return 0.0, "computes in float32"
     if output.overflowing() or largest > _LARGEST:
         return 1.0, f"its output reaches {largest:,.0f}, and float16 ends at 65,504: hold it in float32"
@@ -128,14 +139,19 @@ def _cause(found: Collection, layer: Layer, fitting: Scales | None, scale: float
             f"its output is not finite in float16, though it was given finite values and in float32 stays below {largest:.3g}:"
             " something inside it overflows, or divides by what vanished: hold it in float32"
         )
-    if output.vanishing() > _LOST_OUTPUT:
-        more = "; the loss was not finite" if overflowed_loss else ""
-        return 0.9, f"{output.vanishing():.0%} of its output that is not zero vanishes in float16{more}: hold it in float32"
+    if output.vanishing() > _LOST_OUTPUT and overflowed_loss:
+        lost = f"{output.vanishing():.0%} of its output that is not zero vanishes in float16"
+        return 0.9, f"{lost}, and the loss was not finite: hold it in float32"
+    if layer.gradient and found.first_nonfinite[layer.gradient] and overflowed_loss:
+        return 0.88, "the loss was not finite though its output was: the loss divides by what vanished, or takes its logarithm"
     if fitting and layer.path in fitting.unfit:
         return 0.8, "no loss scale holds both its gradients and those of the other layers: hold it in float32"
     lost = max((each.lost_at(round(math.log2(scale))) for each in gradients), default=0.0)
     if lost > _LOST_GRADIENT:
         return 0.7, f"{lost:.0%} of its gradient vanishes at loss scale {scale:,.0f}: use at least {2**fitting.lowest:,.0f}"
+    if output.vanishing() > _LOST_OUTPUT:
+        lost = f"{output.vanishing():.0%} of its output that is not zero vanishes in float16"
+        return 0.2, f"{lost}, which harms only what takes its logarithm or divides by it"
     headroom = math.log2(_LARGEST / largest) if largest else math.inf
     if headroom < 1:
         return 0.3, f"fits, but its output reaches {largest:,.0f}, within a factor of two of float16's end"
