@@ -17,6 +17,7 @@ setup(
     package_data={
         "mptrain.data": ["mnist/*.gz"],
         "mptrain.numerics": ["*.html", "*.css", "*.js"],
+        "mptrain.numerics.parity": ["*.html", "*.css", "*.js"],
         "mptrain.pages": ["*.html", "*.css", "*.js"],
     },
     python_requires=">=3.10,<3.14",

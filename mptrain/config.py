@@ -21,8 +21,9 @@ from ml_collections import ConfigDict, config_dict
 
 from mptrain.errors import InputError
 
-MODES = ("train", "eval", "train_and_eval", "verify_resume", "numerics")
+MODES = ("train", "eval", "train_and_eval", "verify_resume", "numerics", "parity")
 PRECISIONS = ("auto", "native", "float32", "mixed_float16", "mixed_bfloat16")
+COMPARED = ("native", "mixed_float16", "mixed_bfloat16")  # with float32, in --mode=parity
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 CLUSTERS = ("auto", "tf_config", "slurm", "kubernetes")
@@ -42,6 +43,7 @@ RESUMABLE = (
     "data.eval_batch_size",
     "verify_resume.",
     "numerics.",
+    "parity.",
 )
 
 
@@ -139,6 +141,13 @@ def default_config() -> ConfigDict:
     config.numerics.layers = ("",)  # regexes; of the layers in whose path one is found
     config.numerics.steps = 200  # --mode=numerics: that are trained and looked at
     config.numerics.reference_every = 8  # --mode=numerics: each so many of them are computed in float32 too
+
+    config.parity = ConfigDict()  # --mode=parity
+    config.parity.steps = 200  # that each precision is trained
+    config.parity.precisions = ()  # of native, mixed_float16, mixed_bfloat16; (): the run's own, or both of a float32 run
+    config.parity.every_steps = 10  # each so many weights and gradients are compared; 8 bytes a parameter on disk meanwhile
+    # Relative error above which two runs have parted: gradients of healthy networks showed up to 0.09, planted faults 0.8 on.
+    config.parity.bound = 0.25
 
     config.lock()
     config.model.unlock()
@@ -260,6 +269,9 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
         yield f"config.data.dir is empty: data.name={config.data.name!r} needs {needed[config.data.name]}"
     if not 0 < config.data.eval_fraction < 1:
         yield f"config.data.eval_fraction is {config.data.eval_fraction}: write a number between 0 and 1"
+    for name in config.parity.precisions:
+        if name not in COMPARED:
+            yield f"config.parity.precisions names {name!r}: write some of {', '.join(COMPARED)}"
     if config.devices.strategy not in ("auto", "mirrored") and config.devices.virtual_cpus > 1:
         yield (
             f"config.devices.virtual_cpus is {config.devices.virtual_cpus} and devices.strategy is"
@@ -305,6 +317,9 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "verify_resume.kills",
         "numerics.steps",
         "numerics.reference_every",
+        "parity.steps",
+        "parity.every_steps",
+        "parity.bound",
         "loss_scale.growth_interval",
         "loss_scale.hysteresis",
         "loss_scale.max_consecutive_skips",

@@ -18,6 +18,7 @@ from mptrain.console import Console
 from mptrain.errors import EvaluationStopped, InputError, RunError, StopRun
 from mptrain.metrics_log import MetricsLog, NoLog
 from mptrain.numerics import mode as numerics_mode
+from mptrain.numerics.parity import mode as parity_mode
 from mptrain.numerics.provenance import Provenance
 from mptrain.numerics.tensorboard import Histograms
 from mptrain.orbit_import import orbit
@@ -35,11 +36,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     Args:
         config: a config made from `mptrain.default_config()`.
         workdir: the run's folder; made if it is not there.
-        mode: "train", "eval" (of the newest checkpoint), "train_and_eval", "verify_resume" or "numerics" (see there).
+        mode: "train", "eval" (of the newest checkpoint), "train_and_eval", "verify_resume", "numerics" or "parity" (see
+            there).
 
     Returns:
-        The final metrics: those of the last evaluation; in mode "train", of the last loop; in "verify_resume" and "numerics",
-        counts.
+        The final metrics: those of the last evaluation; in mode "train", of the last loop; in the last three, counts.
 
     Raises:
         InputError: if config, data or folder cannot be used; nothing was written.
@@ -52,6 +53,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     folder = RunFolder(workdir, read_only=mode == "eval")
     if mode == "verify_resume" and devices.is_multi_worker(config.devices):
         raise InputError("--mode=verify_resume kills and restarts the run on this host: use another devices.strategy for it")
+    if mode == "parity" and devices.is_multi_worker(config.devices):
+        raise InputError("--mode=parity trains in processes of this host: use another devices.strategy for it")
     if mode == "verify_resume":
         return verify_resume.verify(config, folder.path / "verify_resume", Console())
     folder.changes(config)  # refuses another run's folder before anything is built
@@ -86,6 +89,8 @@ def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
     log = begin(trainer, folder, checkpoints, console, mode, changes)
     if mode == "numerics":
         return numerics_mode.numerics(trainer, _builder(trainer.strategy), folder.path / "report", console)
+    if mode == "parity":
+        return parity_mode.parity(trainer, folder.path / "report", console)
     return _Run(trainer, folder, checkpoints, console, log).run(mode)
 
 

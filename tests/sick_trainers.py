@@ -163,3 +163,12 @@ class PassingOnTrainer(LoudTrainer):
     def middle(self):
         first, loud, quiet = super().middle()
         return [first, loud, keras.layers.Activation("linear", name="nothing"), quiet]
+
+
+class PickyTrainer(VectorTrainer):
+    """Refuses bfloat16."""
+
+    def build_model(self):
+        if self.precision.name == "mixed_bfloat16":
+            raise mptrain.InputError("PickyTrainer has no kernel for bfloat16: write mixed_float16")
+        return super().build_model()

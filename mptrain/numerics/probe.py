@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -20,12 +20,15 @@ class Sight:
         counts: int64 [sites, n], as `tally.count` returns them.
         largest: the largest finite magnitudes, as they were in the step, float32 [sites].
         scales: what the true values had been multiplied by, float32 [sites].
+        gradients: of each trained variable, by path, what the optimizer was given, summed over the replicas: unscaled, dense,
+            float32; where the probe was asked for them.
     """
 
     sites: Sequence[Site]
     counts: np.ndarray
     largest: np.ndarray
     scales: np.ndarray
+    gradients: Mapping[str, np.ndarray]
 
 
 class Probe:
@@ -36,13 +39,23 @@ class Probe:
         applied: whether the step trains, as the trainer's own does; else nothing that it changes stays changed.
         reference: whether all layers compute in float32, whatever their precision is.
         float32_layers: or only those whose paths are given.
+        gradients: whether to bring the gradients' values too; of a step that is not applied.
     """
 
-    def __init__(self, trainer, *, applied: bool = False, reference: bool = False, float32_layers: Iterable[str] = ()):
+    def __init__(
+        self,
+        trainer,
+        *,
+        applied: bool = False,
+        reference: bool = False,
+        float32_layers: Iterable[str] = (),
+        gradients: bool = False,
+    ):
         self._trainer = trainer
         self._applied = applied
         self._reference = reference
         self._float32_layers = tuple(float32_layers)
+        self._gradients = gradients
         self._recorder = Recorder(trainer, dry=not applied)
         self._step = tf.function(self._traced)
 
@@ -64,23 +77,26 @@ class Probe:
                 self._trainer.global_step.assign(step)
             if loss_scale is not None:
                 self._trainer.optimizer.state["loss_scale/loss_scale"].assign(loss_scale)
-            counts, largest, scales = function(batch)
-        largest = self._trainer.workers.gather(*largest.numpy()).max(axis=0)
-        return Sight(self._recorder.sites, counts.numpy(), largest.astype(np.float32), scales.numpy())
+            counts, largest, scales, gradients = function(batch)
+        largest = self._trainer.workers.gather(*largest.numpy()).max(axis=0).astype(np.float32)
+        gradients = {path: gradient.numpy() for path, gradient in gradients.items()}
+        return Sight(self._recorder.sites, counts.numpy(), largest, scales.numpy(), gradients)
 
-    def _traced(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _traced(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]:
         strategy = self._trainer.strategy
         with self._recorder.recording():
-            counts, largest, scales = strategy.run(self._in_replica, args=(batch,))
+            counts, largest, scales, gradients = strategy.run(self._in_replica, args=(batch,))
         if self._applied:
             self._trainer.global_step.assign_add(1)
         largest = tf.reduce_max(tf.stack(strategy.experimental_local_results(largest)), 0)
-        return strategy.reduce("SUM", counts, axis=None), largest, strategy.experimental_local_results(scales)[0]
+        scales = strategy.experimental_local_results(scales)[0]
+        gradients = {path: strategy.reduce("SUM", gradient, axis=None) for path, gradient in gradients.items()}
+        return strategy.reduce("SUM", counts, axis=None), largest, scales, gradients
 
-    def _in_replica(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _in_replica(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]:
         self._recorder.begin()
         self._trainer.guarded_step(data.replica_share(batch, self._trainer.strategy))
-        return self._recorder.counts()
+        return *self._recorder.counts(), self._recorder.gradients() if self._gradients else {}
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import tensorflow as tf
 
 from mptrain import forward_graph, keras_calls, keras_compat
+from mptrain.gradients import to_float32
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.numerics import tally
 
@@ -60,6 +61,7 @@ class _Trace(threading.local):
         self.scales = {}  # scaled loss -> its scale
         self.found = {}  # (path, kind, scale) -> [tensor]
         self.in_gradient = False
+        self.given = {}  # path of a variable -> [gradients that an optimizer was given and did not apply]
 
 
 class Recorder:
@@ -90,7 +92,7 @@ class Recorder:
         """Records what replicas trace inside, each from its `begin` on."""
         replacements = [(tf.GradientTape, "gradient", self._gradient), (LossScaleOptimizer, "get_scaled_loss", self._scaled)]
         if self._dry:
-            replacements.append((LossScaleOptimizer, "apply_gradients", lambda original, *args, **kwargs: tf.constant(False)))
+            replacements.append((LossScaleOptimizer, "apply_gradients", self._not_applied))
         if self._by_scope:
             replacements.append((tf.name_scope, "__enter__", self._enter))
         originals = [getattr(owner, name) for owner, name, _ in replacements]
@@ -137,6 +139,13 @@ class Recorder:
         counts, largest = tf.math.unsorted_segment_sum(counts, of, rows), tf.math.unsorted_segment_max(largest, of, rows)
         return counts, largest, tf.stack(scales)
 
+    def gradients(self) -> dict[str, tf.Tensor]:
+        """Returns what optimizers were given and did not apply, by variable: unscaled, dense, float32; in a replica."""
+        return {
+            path: tf.add_n([tf.convert_to_tensor(to_float32(gradient)) for gradient in found])
+            for path, found in self._trace.given.items()
+        }
+
     def _is_here(self) -> bool:
         return tf.compat.v1.get_default_graph() is getattr(self._trace, "graph", None)
 
@@ -174,6 +183,14 @@ class Recorder:
                 values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
                 self._trace.found.setdefault((path, kind, scale.ref()), []).append(values)
         return result
+
+    def _not_applied(self, original: Callable, optimizer: LossScaleOptimizer, grads_and_vars) -> tf.Tensor:
+        """Notes the gradients, and says that the step was skipped."""
+        for gradient, variable in grads_and_vars if self._is_here() else ():
+            path = self._variables.get(id(keras_compat.raw(variable)))
+            if path is not None and gradient is not None:
+                self._trace.given.setdefault(path, []).append(gradient)
+        return tf.constant(False)
 
     def _scale_of(self, target) -> tf.Tensor:
         """Returns the loss scale that is in a target, such as a scaled loss or a sum of them; 1 where there is none."""

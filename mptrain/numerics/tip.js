@@ -2,9 +2,6 @@
 
 // What is under the pointer on the heat map: the row's name, the power of two, and the share of the values there.
 
-const tip = html("div", { class: "tip", hidden: "" });
-document.body.append(tip);
-
 function under(event, { kind, placed, picture }) {
   const box = picture.getBoundingClientRect();
   const x = Math.floor(LEFT + ((event.clientX - box.left) / box.width) * WIDTH);
@@ -23,14 +20,7 @@ function under(event, { kind, placed, picture }) {
   ];
 }
 
-document.getElementById("map").addEventListener("pointermove", (event) => {
+tipOver(document.getElementById("map"), (event) => {
   const found = panels.find(({ element }) => element.contains(event.target));
-  const lines = found && under(event, found);
-  tip.hidden = !lines;
-  if (!lines) return;
-  tip.replaceChildren(...lines);
-  tip.style.left = `${Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)}px`;
-  const below = event.clientY + 18;
-  tip.style.top = `${below + tip.offsetHeight > innerHeight ? event.clientY - tip.offsetHeight - 10 : below}px`;
+  return found && under(event, found);
 });
-document.getElementById("map").addEventListener("pointerleave", () => (tip.hidden = true));
