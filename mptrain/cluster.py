@@ -1,27 +1,17 @@
-"""Who the workers of a run are, and whether they are all there: asked before TensorFlow starts its server.
-
-TensorFlow waits for a worker that is missing inside one call that nothing can interrupt, so the workers find each other with
-plain connections first. Every source ends as one list of addresses, in the order that all workers see; the first is the
-chief.
-"""
+"""Who the workers of a run are: every source ends as one list of addresses, in the order that all see, the chief's first."""
 
 import dataclasses
-import errno
 import ipaddress
 import json
 import os
-import select
 import socket
-import sys
-import time
 
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mptrain.errors import InputError, RunError
+from mptrain.errors import InputError
 
 _EXAMPLE = '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
-_TOLD_AFTER = 5.0  # seconds of waiting before the user is told for whom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +42,18 @@ class Cluster:
 
 def is_announced() -> bool:
     """Whether `TF_CONFIG` names a cluster of several workers, which `devices.strategy="auto"` follows."""
-    return bool(os.environ.get("TF_CONFIG")) and len(_from_tf_config().addresses) > 1
+    return _has_cluster(os.environ.get("TF_CONFIG")) and len(_from_tf_config().addresses) > 1
+
+
+def _has_cluster(text: str | None) -> bool:
+    """Whether `TF_CONFIG` means to name a cluster; some launchers leave an empty one, which means none."""
+    if not text:
+        return False
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return True  # which is told as a mistake when it is read
+    return not isinstance(content, dict) or bool(content.get("cluster"))
 
 
 def find(config: ConfigDict) -> Cluster:
@@ -68,65 +69,9 @@ def find(config: ConfigDict) -> Cluster:
     }
     kind = config.cluster
     if kind == "auto":
-        kind = "slurm" if "TF_CONFIG" not in os.environ and "SLURM_STEP_NODELIST" in os.environ else "tf_config"
+        named = _has_cluster(os.environ.get("TF_CONFIG"))
+        kind = "slurm" if not named and "SLURM_STEP_NODELIST" in os.environ else "tf_config"
     return sources[kind]()
-
-
-def wait_for_all(cluster: Cluster, timeout: float) -> None:
-    """Returns when every worker of the cluster listens on its port; leaves the own port free again.
-
-    Args:
-        cluster: the workers.
-        timeout: seconds.
-
-    Raises:
-        InputError: if the own port is taken.
-        RunError: if workers are missing after `timeout`, naming them.
-    """
-    start, told = time.monotonic(), False
-    missing = {index: "not tried yet" for index in range(len(cluster.addresses)) if index != cluster.index}
-    with _listen(cluster) as listener:
-        while missing:
-            for index in list(missing):
-                if (fault := fault_of(cluster.addresses[index])) is None:
-                    del missing[index]
-                else:
-                    missing[index] = fault
-            waited = time.monotonic() - start
-            if missing and waited > timeout:
-                raise RunError(f"{cluster}: {_names(cluster, missing)} did not come within {timeout:g} s; start all workers")
-            if missing and waited > _TOLD_AFTER and not told:
-                told = True
-                print(f"mptrain: {cluster}: waiting for {_names(cluster, missing)}", file=sys.stderr, flush=True)
-            if missing and select.select([listener], [], [], 0.2)[0]:
-                listener.accept()[0].close()
-
-
-def _listen(cluster: Cluster) -> socket.socket:
-    port = int(cluster.addresses[cluster.index].rsplit(":", 1)[1])
-    try:
-        return socket.create_server(("", port), backlog=len(cluster.addresses))
-    except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        raise InputError(
-            f"{cluster}: its port {port} {'is taken by another process' if taken else f'cannot be used ({error.strerror})'};"
-            " give this worker another one"
-        ) from error
-
-
-def fault_of(address: str) -> str | None:
-    """Returns None if something listens at "host:port", else why it cannot be reached."""
-    host, port = address.rsplit(":", 1)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def _names(cluster: Cluster, missing: dict[int, str]) -> str:
-    shown = [f"worker {index} at {cluster.addresses[index]} ({fault})" for index, fault in list(missing.items())[:4]]
-    return ", ".join(shown) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
 
 
 def _from_tf_config() -> Cluster:
@@ -167,8 +112,15 @@ def _check_addresses(name: str, addresses: object) -> None:
         raise InputError(f"TF_CONFIG's {name} is {addresses!r}: write a list of addresses, as {_EXAMPLE}")
     for address in addresses:
         host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
-        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        if not _can_be_host(host) or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 2**16:
             raise InputError(f"TF_CONFIG's {name} has the address {address!r}: write it as host:port")
+
+
+def _can_be_host(host: str) -> bool:
+    try:
+        return bool(host.encode("idna"))  # as it is written before it is looked up: no empty label, none over 63 characters
+    except UnicodeError:
+        return False
 
 
 def _from_slurm(config: ConfigDict) -> Cluster:
@@ -178,6 +130,8 @@ def _from_slurm(config: ConfigDict) -> Cluster:
     absent += [] if "SLURMD_NODENAME" in os.environ else ["SLURMD_NODENAME"]
     if absent:
         raise InputError(f"devices.cluster is 'slurm' and {absent[0]} is not set: start the workers with srun")
+    if not (os.environ["SLURM_LOCALID"].isascii() and os.environ["SLURM_LOCALID"].isdecimal()):
+        raise InputError(f"SLURM_LOCALID is {os.environ['SLURM_LOCALID']!r}, which is no number: start the workers with srun")
     gpus = len(tf.config.list_physical_devices("GPU"))  # srun's own binding says which; the resolver shall not change it
     try:
         spec = tf.distribute.cluster_resolver.SlurmClusterResolver(
@@ -186,6 +140,11 @@ def _from_slurm(config: ConfigDict) -> Cluster:
     except (RuntimeError, ValueError) as error:
         raise InputError(f"Slurm's environment cannot be read: {error}") from error
     addresses = tuple(spec.as_dict()["worker"])
+    if (highest := max(int(address.rsplit(":", 1)[1]) for address in addresses)) >= 2**16:
+        raise InputError(
+            f"config.devices.port is {config.port}, and Slurm's tasks on one host take those up to {highest}: write a port so"
+            " low that all are below 65536"
+        )
     own = f"{os.environ['SLURMD_NODENAME']}:{config.port + int(os.environ['SLURM_LOCALID'])}"
     if own not in addresses:
         raise InputError(f"Slurm's environment names {', '.join(addresses[:4])} ... and this task is {own}: start it with srun")

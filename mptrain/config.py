@@ -125,7 +125,9 @@ def default_config() -> ConfigDict:
     config.devices.sync_batch_norm = False  # True: BatchNorm normalizes over the global batch, not each replica's share
     config.devices.cluster = "auto"  # multi_worker: who says who the workers are: auto | tf_config | slurm | kubernetes
     config.devices.communication = "auto"  # multi_worker: auto | ring | nccl
-    config.devices.start_timeout = 300.0  # multi_worker: seconds in which all workers must have come
+    config.devices.start_timeout = (
+        300.0  # multi_worker: seconds for all workers to come, and again for TensorFlow to connect them
+    )
     config.devices.port = 8470  # slurm, kubernetes: of the first worker on a host
     config.devices.workers = 0  # kubernetes: how many pods
     config.devices.kubernetes_pods = ""  # kubernetes: the label that the pods share, such as "job-name=mnist"
@@ -349,6 +351,8 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
     for path in not_negative:
         if not 0 <= values[path] < math.inf:
             yield f"config.{path} is {values[path]}: write 0 or a number above"
+    if values["devices.port"] >= 2**16:
+        yield f"config.devices.port is {values['devices.port']}: write a port, 1 to 65535"
     if values["seed"] >= 2**31:
         yield f"config.seed is {values['seed']}: write a number below 2**31"
     if values["optimizer.ema_momentum"] >= 1:

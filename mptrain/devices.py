@@ -5,8 +5,10 @@ import contextlib
 import glob
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 if __name__ == "__main__":  # TensorFlow reads this when it is imported, and would greet the user
@@ -18,11 +20,12 @@ import rich.table
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mptrain import cluster, precision
+from mptrain import cluster, precision, rendezvous
 from mptrain.config import default_config
-from mptrain.errors import InputError
+from mptrain.errors import InputError, RunError, speak_as
 from mptrain.hardware import hardware
-from mptrain.workers import Workers
+from mptrain.watchdog import ends_process_after
+from mptrain.workers import Workers, reason
 
 _TPU_VARIABLES = ("TPU_NAME", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS")
 _TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
@@ -79,12 +82,26 @@ def _multi_worker(config: ConfigDict, gpus: int) -> tf.distribute.Strategy:
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=tf.distribute.experimental.CommunicationImplementation[config.communication.upper()]
     )
-    cluster.wait_for_all(workers, config.start_timeout)
+    if len(workers.addresses) > 1:
+        speak_as(str(workers))
+    rendezvous.wait_for_all(workers, config.start_timeout)
+    late = f"{workers}: TensorFlow did not connect the workers within {config.start_timeout:g} s; start all again"
     try:
-        with _without_greeting():
+        with ends_process_after(config.start_timeout, late), _without_greeting():
             return tf.distribute.MultiWorkerMirroredStrategy(workers.resolver(), options)
+    except tf.errors.OpError as error:
+        raise RunError(f"{workers}: TensorFlow could not connect the workers; start all again ({reason(error)})") from error
     except RuntimeError as error:
         raise _too_late() from error
+    finally:
+        _hear_sigterm_again()
+
+
+def _hear_sigterm_again() -> None:
+    """Puts Python's handler back, which TensorFlow's notifier of preemptions replaced by one that hears and does nothing."""
+    handler = signal.getsignal(signal.SIGTERM)  # as Python knows it, whatever is installed
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager
@@ -96,6 +113,9 @@ def _without_greeting() -> Iterator[None]:
         os.dup2(caught.fileno(), 2)
         try:
             yield
+        except tf.errors.OpError:
+            caught.truncate(0)  # the error says the same
+            raise
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
@@ -114,7 +134,7 @@ def _tpu(config: ConfigDict, gpus: int) -> tf.distribute.Strategy:
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(config.tpu or None)
         address = resolver.master().removeprefix("grpc://")
-        if address and (fault := cluster.fault_of(address)):  # which TensorFlow would try for ever
+        if address and (fault := rendezvous.fault_of(address)):  # which TensorFlow would try for ever
             raise ConnectionError(fault)
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)

@@ -17,6 +17,25 @@ def one_line(error: Exception) -> str:
     return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
 
 
+_speaker = ""  # this process among several workers
+
+
+def speak_as(worker: str) -> None:
+    """From now on the command line's messages say that they come from `worker`, as "worker 1 of 3"."""
+    global _speaker
+    _speaker = worker
+
+
+def spoken(message: str) -> str:
+    """Returns a message as the command line writes it: after the worker's name, where there are several."""
+    return message if message.startswith(_speaker) else f"{_speaker}: {message}"
+
+
+def is_worker() -> bool:
+    """Whether this process is one of several workers."""
+    return bool(_speaker)
+
+
 class StopRun(Exception):
     """Raised by an action at the end of a loop to end the run early and in good order (not an error by itself).
 

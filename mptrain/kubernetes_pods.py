@@ -31,10 +31,17 @@ class _Pods:
 
     def list_pod_for_all_namespaces(self, label_selector: str):
         found = self._client.list_namespaced_pod(self._namespace, label_selector=label_selector)
-        for pod in found.items:
+        coming = [pod for pod in found.items if not _is_of_an_earlier_try(pod)]
+        for pod in coming:
             pod.status.host_ip = pod.status.pod_ip
-        going = [pod for pod in found.items if pod.status.phase not in ("Succeeded", "Failed")]  # of an earlier try
-        return types.SimpleNamespace(items=going)
+            if not pod.status.pod_ip:  # a running pod may be listed before its address is
+                pod.status.phase = "Pending"
+        return types.SimpleNamespace(items=coming)
+
+
+def _is_of_an_earlier_try(pod: kubernetes.client.V1Pod) -> bool:
+    """Whether a pod has ended or, as one that is being deleted, is called "Running" until it has."""
+    return pod.metadata.deletion_timestamp is not None or pod.status.phase in ("Succeeded", "Failed")
 
 
 def addresses(label: str, port: int, workers: int, timeout: float) -> tuple[str, ...]:
@@ -59,7 +66,10 @@ def addresses(label: str, port: int, workers: int, timeout: float) -> tuple[str,
             found, state = resolver.cluster_spec().as_dict().get("worker", []), ""
         except RuntimeError as error:  # one of them does not run yet
             found, state = [], f" ({error})"
-        except Exception as error:  # of the client: no credentials, no connection, no right to list pods
+        except kubernetes.client.ApiException as error:
+            hint = "; let the pods' service account list pods, as docs/cluster.md shows" if error.status == 403 else ""
+            raise InputError(f"Kubernetes does not tell the pods: {error.status} {error.reason}{hint}") from error
+        except Exception as error:  # of the client: no credentials, no connection
             raise InputError(f"Kubernetes cannot be asked for the pods: {str(error).splitlines()[0]}") from error
         if len(found) == workers:
             return tuple(found)

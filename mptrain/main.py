@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mptrain import config as config_lib
-from mptrain.errors import InputError, RunError, StopRun, one_line
+from mptrain.errors import InputError, RunError, StopRun, is_worker, one_line, spoken
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; fields: --config.GROUP.FIELD=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/CONFIG_NAME/DATE-TIME. Resumes.")
@@ -114,7 +114,7 @@ def _line_of(path: str, error: Exception) -> int | None:
 
 
 def _exit(status: int, message: str) -> None:
-    print(f"mptrain: {message}", file=sys.stderr)
+    print(f"mptrain: {spoken(message)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -137,6 +137,10 @@ def run() -> None:
             _exit(1, one_line(error))
         except StopRun as stop:
             _leave(stop.exit_status)
+        except Exception:
+            if is_worker():  # the trace that follows does not say whose it is
+                print(f"mptrain: {spoken('failed with the error below')}", file=sys.stderr)
+            raise
 
     def terminated(number: int, frame: object) -> NoReturn:
         _exit(128 + number, "terminated")

@@ -7,6 +7,7 @@ makes them wait for ever. So every such decision is made from `gather`ed values,
 import contextlib
 import functools
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 
@@ -104,10 +105,9 @@ class Workers:
         try:
             yield
         except _LOST as error:
-            lines = [line for line in error.message.splitlines() if line and not line.startswith(("Graph exec", "Detected at"))]
             raise RunError(
                 f"{self}: another worker has gone, so this one stops: start all again to go on from the last checkpoint"
-                f" ({(lines or [type(error).__name__])[0]})"
+                f" ({reason(error)})"
             ) from error
         except (InputError, RunError) as error:
             raise type(error)(f"{self}: {error}") from error
@@ -124,6 +124,15 @@ class Workers:
         replica = tf.distribute.get_replica_context()
         speaks = replica.replica_id_in_sync_group % self.local_replicas == 0  # one replica for each worker
         return replica.all_reduce(tf.distribute.ReduceOp.SUM, rows * tf.cast(speaks, rows.dtype))
+
+
+def reason(error: tf.errors.OpError) -> str:
+    """Returns the one line of TensorFlow's message that says what happened, without the graph's names and traces around it."""
+    text = re.sub(r"\[\[.*?\]\]|\{\{.*?\}\}|\[Op:.*?\]", "", error.message.split("Additional GRPC error")[0])
+    if aborted := re.search(r"Collective ops is aborted by.*", text):
+        return aborted[0].strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1]
 
 
 def _index(strategy: tf.distribute.Strategy) -> int:

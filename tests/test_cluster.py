@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import socket
 import threading
 
 import pytest
@@ -53,6 +52,10 @@ def test_chief_stands_before_the_workers(devices_config, monkeypatch, kind, inde
         (tf_config({"worker": ["a"]}), "has the address 'a': write it as host:port"),
         (tf_config({"worker": ["a:0"]}), "has the address 'a:0'"),
         (tf_config({"worker": [7]}), "has the address 7"),
+        (tf_config({"worker": ["host..x:2222"]}), "has the address 'host..x:2222'"),
+        (tf_config({"worker": [f"{'a' * 64}:2222"]}), "write it as host:port"),
+        (tf_config({"worker": ["a:²"]}), "has the address 'a:²'"),
+        (tf_config({"worker": ["a:٣"]}), "has the address 'a:٣'"),
         (tf_config({"worker": "a:1"}), "write a list of addresses"),
     ],
 )
@@ -62,6 +65,15 @@ def test_tf_config_that_cannot_be_is_refused_in_one_line(devices_config, monkeyp
     with pytest.raises(InputError, match=message.replace("[", r"\[")) as caught:
         cluster.find(devices_config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{}", "", '{"task": {"type": "worker", "index": 0}}', '{"cluster": {}}', '{"cluster": null}'])
+def test_tf_config_without_a_cluster_announces_none(devices_config, monkeypatch, text):
+    monkeypatch.setenv("TF_CONFIG", text)
+    assert not cluster.is_announced()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")  # which "auto" then reads
+    with pytest.raises(InputError, match="SLURM_PROCID is not set"):
+        cluster.find(devices_config)
 
 
 def test_slurms_tasks_are_found_by_their_host_in_whatever_order_the_hosts_stand(devices_config, monkeypatch):
@@ -83,6 +95,27 @@ def test_slurms_tasks_are_found_by_their_host_in_whatever_order_the_hosts_stand(
     assert sorted(each.index for each in found) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "port", "message"),
+    [
+        ("SLURM_LOCALID", "x", 8470, "SLURM_LOCALID is 'x', which is no number"),
+        ("SLURM_LOCALID", "²", 8470, "SLURM_LOCALID is '²', which is no number"),
+        ("SLURM_PROCID", "x", 8470, "Slurm's environment cannot be read"),
+        ("SLURM_LOCALID", "0", 65535, "take those up to 65536: write a port so low that all are below 65536"),
+    ],
+)
+def test_slurms_environment_that_cannot_be_is_refused_in_one_line(devices_config, monkeypatch, name, value, port, message):
+    environment = {"STEP_NODELIST": "node1", "STEP_NUM_TASKS": "2", "STEP_TASKS_PER_NODE": "2", "PROCID": "0", "LOCALID": "0"}
+    for variable, content in environment.items():
+        monkeypatch.setenv(f"SLURM_{variable}", content)
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    monkeypatch.setenv(name, value)
+    devices_config.port = port
+    with pytest.raises(InputError, match=message) as caught:
+        cluster.find(devices_config)
+    assert "\n" not in str(caught.value)
+
+
 def test_slurm_outside_of_srun_is_refused(devices_config):
     devices_config.cluster = "slurm"
     with pytest.raises(InputError, match="SLURM_PROCID is not set: start the workers with srun"):
@@ -93,13 +126,18 @@ class _KubernetesServer(http.server.BaseHTTPRequestHandler):
     """What the API server answers to a request for the pods of a namespace."""
 
     pods = ()
+    going = ()  # names of those that are being deleted
+    status = 200
     asked = []
 
     def do_GET(self):
         self.asked.append(self.path)
         items = [{"metadata": {"name": name}, "status": {"phase": phase, "podIP": ip}} for name, phase, ip in self.pods]
+        for item in items:
+            if item["metadata"]["name"] in self.going:
+                item["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
         body = json.dumps({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}).encode()
-        self.send_response(200)
+        self.send_response(self.status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -130,39 +168,36 @@ def kubernetes_server(devices_config, monkeypatch, tmp_path):
     server.server_close()
 
 
-def test_kubernetes_pods_are_taken_by_their_own_addresses_in_the_order_of_their_names(kubernetes_server):
+def test_kubernetes_pods_are_taken_by_their_own_addresses_in_the_order_of_their_names(kubernetes_server, monkeypatch):
     _KubernetesServer.asked.clear()
     _KubernetesServer.pods = [
         ("mnist-1-b", "Running", "127.0.0.1"),
         ("mnist-0-a", "Running", "192.0.2.7"),
         ("mnist-0-0", "Failed", "192.0.2.9"),
+        ("mnist-0-1", "Running", "192.0.2.8"),
     ]
+    monkeypatch.setattr(_KubernetesServer, "going", ["mnist-0-1"])
     assert cluster.find(kubernetes_server) == Cluster(("192.0.2.7:8470", "127.0.0.1:8470"), 1)
     assert _KubernetesServer.asked[0].startswith("/api/v1/namespaces/research/pods?labelSelector=job-name")
 
 
-@pytest.mark.parametrize("phase", ["Pending", None])
+@pytest.mark.parametrize("phase", ["Pending", "Running", None])  # the running one has no address yet
 def test_kubernetes_pods_that_do_not_come_are_told_after_the_stated_time(kubernetes_server, phase):
     _KubernetesServer.pods = [("a", "Running", "127.0.0.1")] + ([("b", phase, None)] if phase else [])
     with pytest.raises(RunError, match="of 2 pods with the label job-name=mnist run after 3 s"):
         cluster.find(kubernetes_server)
 
 
+def test_kubernetes_that_forbids_to_list_pods_says_what_to_allow(kubernetes_server, monkeypatch):
+    monkeypatch.setattr(_KubernetesServer, "status", 403)
+    with pytest.raises(
+        InputError, match="403 Forbidden; let the pods' service account list pods, as docs/cluster.md"
+    ) as caught:
+        cluster.find(kubernetes_server)
+    assert "\n" not in str(caught.value)
+
+
 def test_kubernetes_without_its_fields_is_refused(devices_config):
     devices_config.cluster = "kubernetes"
     with pytest.raises(InputError, match="set devices.workers, the number of pods, and devices.kubernetes_pods"):
         cluster.find(devices_config)
-
-
-def test_port_that_is_taken_is_refused():
-    with socket.create_server(("", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"worker 0 of 2: its port {port} is taken by another process"):
-            cluster.wait_for_all(Cluster((f"localhost:{port}", "localhost:1"), 0), 5)
-
-
-def test_worker_whose_host_is_unknown_is_missing():
-    with socket.create_server(("", 0)) as other:
-        port = other.getsockname()[1]
-    with pytest.raises(RunError, match=r"worker 1 at no-such-host.invalid:1 \(.+\) did not come within 0.5 s"):
-        cluster.wait_for_all(Cluster((f"localhost:{port}", "no-such-host.invalid:1"), 0), 0.5)

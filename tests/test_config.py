@@ -30,6 +30,7 @@ def test_whole_config_is_accepted(config):
         ("data.batch_size", -1, "config.data.batch_size is -1"),
         ("eval.every_steps", -1, "write 0 or a number above"),
         ("seed", 2**31, "below 2**31"),
+        ("devices.port", 70000, "config.devices.port is 70000: write a port, 1 to 65535"),
         ("loss_scale.initial_scale", 2.0**30, "must lie between min_scale"),
         ("loss_scale.growth_factor", 1.0, "above 1"),
         ("loss_scale.backoff_factor", 1.0, "between 0 and 1"),

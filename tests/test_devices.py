@@ -45,6 +45,12 @@ def test_table_names_the_cpu_and_what_auto_takes_and_tensorflow_is_silent():
     assert "devices.strategy=auto takes one_device" in finished.stdout
 
 
+def test_table_takes_a_tf_config_without_a_cluster_for_none():
+    finished = table(TF_CONFIG="{}")
+    assert finished.returncode == 0, finished.stderr
+    assert "devices.strategy=auto takes one_device" in finished.stdout
+
+
 def test_table_with_a_bad_tf_config_ends_in_one_line():
     finished = table(TF_CONFIG="{")
     assert finished.returncode == 2
@@ -101,3 +107,24 @@ def test_several_workers_come_too_late_once_tensorflow_has_started(here, monkeyp
     tf.zeros(1).numpy()
     with pytest.raises(InputError, match="config.devices comes too late"):
         devices.strategy(here)
+
+
+def test_memory_of_gpus_grows_from_before_they_are_touched(here, monkeypatch):
+    calls, gpus = [], ["GPU 0", "GPU 1"]
+    listed = tf.config.list_physical_devices
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: gpus if kind == "GPU" else listed(kind))
+    monkeypatch.setattr(tf.config.experimental, "get_memory_growth", lambda gpu: gpu == "GPU 1")
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, grows: calls.append((gpu, grows)))
+    monkeypatch.setattr(tf.distribute, "OneDeviceStrategy", lambda device: calls.append(device))
+    here.strategy = "one_device"
+    devices.strategy(here)
+    assert calls == [("GPU 0", True), "GPU:0"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "virtual_cpus", "told"),
+    [("one_device", 0, "OneDeviceStrategy, 1 replica"), ("mirrored", 3, "MirroredStrategy, 3 replicas")],
+)
+def test_what_a_run_computes_on_is_told_in_one_line(here, strategy, virtual_cpus, told):
+    here.update(strategy=strategy, virtual_cpus=virtual_cpus)
+    assert devices.describe(devices.strategy(here)) == f"{hardware.hardware()}; {told}"

@@ -30,9 +30,32 @@ def test_every_flag_is_a_config_field_with_a_value_that_it_takes():
 
 
 def test_manifests_are_yaml_and_scripts_are_bash():
-    assert [yaml.safe_load(block)["kind"] for block in blocks("yaml")] == ["TFJob", "Job"]
+    kinds = [[manifest["kind"] for manifest in yaml.safe_load_all(block)] for block in blocks("yaml")]
+    assert kinds == [["TFJob"], ["ServiceAccount", "Role", "RoleBinding", "Job"], ["TrainingRuntime", "TrainJob"]]
     for block in blocks("sh"):
         subprocess.run(["bash", "-n", "-c", block], check=True)
+
+
+def test_service_account_that_the_jobs_name_may_list_pods():
+    account, role, binding, job = yaml.safe_load_all(blocks("yaml")[1])
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": account["kind"], "name": account["metadata"]["name"]}]
+    assert job["spec"]["template"]["spec"]["serviceAccountName"] == account["metadata"]["name"]
+
+
+@pytest.mark.parametrize(("status", "restarts", "requeued"), [(0, 0, 0), (2, 0, 0), (1, 0, 1), (137, 9, 1), (143, 10, 0)])
+def test_slurm_script_starts_again_what_failed_and_ends_with_its_status(tmp_path, status, restarts, requeued):
+    (script,) = [block for block in blocks("sh") if "srun" in block]
+    for name, end in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" >> {tmp_path}/requeued')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{end}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/", "SLURM_JOB_ID": "7"}
+    if restarts:
+        environment["SLURM_RESTART_COUNT"] = str(restarts)
+    assert subprocess.run(["bash", "-c", script], env=environment).returncode == status
+    told = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else ""
+    assert told == "requeue 7\n" * requeued
 
 
 def test_arithmetic_of_scaling_prints_what_stands_below_it():
