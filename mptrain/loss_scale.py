@@ -391,7 +391,7 @@ class LossScaleOptimizer(tf.Module):
         self._skipped_steps.assign(skipped + 1 - one)
         self._consecutive_skips.assign((self._consecutive_skips + 1) * (1 - one))
         self._gradient_norm.assign(norm)
-        self._nonfinite_losses.assign(0.0)
+        self._nonfinite_losses.assign(0.0, read_value=False)  # which would be one more all-reduce
         self._scale.adapt(applied)
         return applied
 

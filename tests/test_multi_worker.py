@@ -93,6 +93,7 @@ def test_overflow_on_either_of_two_workers_skips_the_update_on_both(window):
     assert first["kernel"] == pytest.approx([0.8, 1.8], abs=1e-3)  # two Adam steps of 0.1
     assert first["table"][0] == first["table"][3] == 0
     assert first["average"] != first["kernel"]
+    assert first["all_reduces"] == (1 if window == 1 else 0)  # with accumulation only at a window's end
 
 
 @pytest.mark.slow

@@ -37,7 +37,10 @@ def loop(bad_workers):
         strategy.run(replica_step, args=(bad,))
 
 
-loop(tf.constant([-1] * window + [0] + [-1] * (window - 1) + [-1] * window + [1] + [-1] * (window - 1)))
+bad_workers = tf.constant([-1] * window + [0] + [-1] * (window - 1) + [-1] * window + [1] + [-1] * (window - 1))
+loop(bad_workers)
+functions = loop.get_concrete_function(bad_workers).graph.as_graph_def().library.function
+(body,) = [function.node_def for function in functions if "while_body" in function.signature.name]
 with optimizer.averaged_weights():
     average = kernel.numpy().tolist()
 print(
@@ -50,6 +53,7 @@ print(
             "scale": float(optimizer.loss_scale),
             "applied": int(optimizer.applied_steps),
             "skipped": int(optimizer.skipped_steps),
+            "all_reduces": sum(node.op == "CollectiveReduceV2" for node in body),  # of each step; branches are elsewhere
             "skips": [[skip.update, skip.loss_scale, list(skip.variables)] for skip in optimizer.skips(0, 2)],
         }
     )
