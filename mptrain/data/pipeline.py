@@ -104,7 +104,11 @@ class TrainingBatches:
 
     def _can_be_saved(self) -> bool:
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(tf.errors.OpError):
-            iterator = iter(self._dataset(0))
+            # Without tuning TensorFlow does not read ahead by itself: a shuffle's later epochs take their seeds from one place
+            # that all iterators of a dataset share.
+            options = tf.data.Options()
+            options.autotune.enabled = False
+            iterator = iter(self._dataset(0).with_options(options))
             next(iterator, None)  # what stands behind a shuffle is only opened, and can only refuse, once it is asked
             tf.train.Checkpoint(iterator=iterator).write(os.path.join(folder, _ITERATOR))
             return True
