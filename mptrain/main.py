@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mptrain import config as config_lib
+from mptrain import config_check
 from mptrain.errors import InputError, RunError, StopRun, is_worker, one_line, spoken
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; fields: --config.GROUP.FIELD=VALUE.")
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
     if _CONFIG.value is None:
         raise InputError("no config given: write --config=FILE, for instance --config=configs/mnist.py")
     _let_one_length_replace_the_other(_CONFIG.value)
-    config_lib.validate(_CONFIG.value)
+    config_check.validate(_CONFIG.value)
     from mptrain import devices, runner  # import TensorFlow, so they wait until flags and config are good
 
     if _WORKDIR.value is None and devices.is_multi_worker(_CONFIG.value.devices):

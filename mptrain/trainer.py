@@ -10,8 +10,7 @@ import keras
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mptrain import config as config_lib
-from mptrain import data, devices, hardware, keras_compat, model_check, optimizers, precision, workers_check
+from mptrain import config_check, data, devices, hardware, keras_compat, model_check, optimizers, precision, workers_check
 from mptrain.errors import EvaluationStopped, InputError
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.orbit_import import orbit
@@ -51,7 +50,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     """
 
     def __init__(self, config: ConfigDict, strategy: tf.distribute.Strategy | None = None):
-        config_lib.validate(config)
+        config_check.validate(config)
         orbit.StandardTrainer.__init__(self, train_dataset=None)
         orbit.StandardEvaluator.__init__(self, None, orbit.StandardEvaluatorOptions(use_tf_while_loop=True))
         self.config = config

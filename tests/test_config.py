@@ -2,21 +2,21 @@ import pathlib
 
 import pytest
 
-from mptrain import InputError
+from mptrain import InputError, config_check
 from mptrain import config as config_lib
 from mptrain.run_folder import RunFolder
 
 
 def refuse(config, *messages):
     with pytest.raises(InputError) as caught:
-        config_lib.validate(config)
+        config_check.validate(config)
     for message in messages:
         assert message in str(caught.value)
     return str(caught.value)
 
 
 def test_whole_config_is_accepted(config):
-    config_lib.validate(config)
+    config_check.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_missing_field_and_wrong_type_are_refused():
 
 def test_the_experiments_own_fields_are_free(config):
     config.model = {"width": 3}
-    config_lib.validate(config)
+    config_check.validate(config)
 
 
 def test_every_field_has_a_place_in_the_table_of_the_readme():

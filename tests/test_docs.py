@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from mptrain import config, default_config
+from mptrain import config, config_check, default_config
 from tests.conftest import ROOT
 from tests.test_multi_worker import free_ports
 
@@ -26,7 +26,7 @@ def test_every_flag_is_a_config_field_with_a_value_that_it_takes():
     for path, value in found:
         kind = type(known[path]) if known[path] is not None else int
         values = {**known, "trainer": "a.B", "train.steps": 1, path: kind(value)}
-        config.validate(config.from_fields(values))
+        config_check.validate(config.from_fields(values))
 
 
 def test_manifests_are_yaml_and_scripts_are_bash():

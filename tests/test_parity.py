@@ -7,8 +7,7 @@ import pytest
 import tensorflow as tf
 
 import mptrain
-from mptrain import InputError, runner
-from mptrain import config as config_lib
+from mptrain import InputError, config_check, runner
 from mptrain.numerics.parity.run import relative_error
 from mptrain.numerics.parity.same_noise import same_noise
 from mptrain.numerics.parity.verdicts import Evidence, judge
@@ -209,7 +208,7 @@ def test_loss_that_parts_or_is_gone_for_a_tenth_of_the_run_is_named_with_its_ste
 )
 def test_wrong_field_is_refused_with_what_to_write(field, value, message):
     with pytest.raises(InputError, match=message):
-        config_lib.validate(parity_config("VectorTrainer", **{field: value}))
+        config_check.validate(parity_config("VectorTrainer", **{field: value}))
 
 
 def test_several_hosts_are_refused_in_one_line(tmp_path):
