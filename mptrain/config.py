@@ -100,7 +100,7 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()  # exactly one of steps and epochs
     config.train.steps = config_dict.placeholder(int)  # attempted steps; skipped ones count
     config.train.epochs = config_dict.placeholder(float)  # passes over the training set
-    config.train.steps_per_loop = 100  # steps in the graph between two looks at the outside world
+    config.train.steps_per_loop = _either(100)  # steps in the graph between two rows of the log; "auto": about a second's
     config.train.jit_compile = _either("auto")  # "auto" | True | False: XLA for the train step
 
     config.eval = ConfigDict()

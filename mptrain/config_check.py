@@ -64,6 +64,9 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
     if (steps is None) == (epochs is None):
         state = "neither is" if steps is None else "both are"
         yield f"config.train.steps and config.train.epochs: {state} set; set exactly one of them"
+    loop = config.train.steps_per_loop
+    if loop != "auto" and (isinstance(loop, bool) or not isinstance(loop, int) or loop < 1):
+        yield f"config.train.steps_per_loop is {loop!r}: write a number of steps above 0, or 'auto'"
     scale = config.loss_scale
     if not scale.min_scale <= scale.initial_scale <= scale.max_scale:
         yield (
@@ -127,7 +130,6 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "data.eval_batch_size",
         "train.steps",
         "train.epochs",
-        "train.steps_per_loop",
         "checkpoint.every_steps",
         "checkpoint.keep",
         "data.examples",

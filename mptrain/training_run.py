@@ -7,6 +7,7 @@ from mptrain.actions import KeepBest, LogMetrics, OverflowGuard, SaveCheckpoint,
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
 from mptrain.errors import EvaluationStopped, StopRun
+from mptrain.loop_length import LoopLength
 from mptrain.metrics_log import MetricsLog
 from mptrain.numerics.provenance import Provenance
 from mptrain.numerics.tensorboard import Histograms
@@ -26,6 +27,7 @@ class TrainingRun:
         self._log = log
         self._start = time.monotonic()
         self._evaluated = {}  # step -> outputs
+        self._loop_length = LoopLength(trainer)
 
     @property
     def _step(self) -> int:
@@ -76,6 +78,7 @@ class TrainingRun:
                 OverflowGuard(trainer),
                 SaveCheckpoint(trainer, self._checkpoints, config.checkpoint.every_steps),
                 *histograms,
+                self._loop_length,
                 signals,
             ],
             eval_actions=[*best, LogMetrics(trainer, self._log, "eval"), signals],  # the row says that all of it is done
@@ -85,9 +88,7 @@ class TrainingRun:
     def _steps_to_next_boundary(self, step: int) -> int:
         """Loops end at absolute multiples, of the loop and of each interval, wherever a run was resumed."""
         config = self._trainer.config
-        window = config.optimizer.accumulation_steps
-        loop = math.ceil(config.train.steps_per_loop / window) * window
-        intervals = (loop, config.checkpoint.every_steps, config.numerics.every_steps)
+        intervals = (self._loop_length.steps, config.checkpoint.every_steps, config.numerics.every_steps)
         return min(every - int(step) % every for every in intervals if every)
 
     def _train(self, controller: orbit.Controller, evaluate: bool) -> dict[str, float]:

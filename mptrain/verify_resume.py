@@ -103,7 +103,8 @@ def _shortened(config: ConfigDict) -> ConfigDict:
     steps = -(-config.verify_resume.steps // window) * window
     config.train.steps, config.train.epochs = steps, None
     config.checkpoint.every_steps = max(steps // (config.verify_resume.kills + 6) // window, 1) * window
-    config.train.steps_per_loop = min(config.train.steps_per_loop, config.checkpoint.every_steps)
+    loop = config.train.steps_per_loop
+    config.train.steps_per_loop = config.checkpoint.every_steps if loop == "auto" else min(loop, config.checkpoint.every_steps)
     return config
 
 

@@ -28,6 +28,8 @@ def test_whole_config_is_accepted(config):
         ("train.jit_compile", 1, "write one of auto, True, False"),
         ("train.steps", 0, "config.train.steps is 0: write a number above 0"),
         ("data.batch_size", -1, "config.data.batch_size is -1"),
+        ("train.steps_per_loop", "many", "is 'many': write a number of steps above 0, or 'auto'"),
+        ("train.steps_per_loop", True, "is True: write a number of steps above 0, or 'auto'"),
         ("eval.every_steps", -1, "write 0 or a number above"),
         ("seed", 2**31, "below 2**31"),
         ("devices.port", 70000, "config.devices.port is 70000: write a port, 1 to 65535"),
@@ -72,8 +74,8 @@ def test_missing_field_and_wrong_type_are_refused():
     refuse(config, "config field 'eval.every_steps' is missing")
     config = config_lib.default_config().copy_and_resolve_references()
     with config.unlocked(), config.train.ignore_type():
-        config.train.steps_per_loop = "many"
-    refuse(config, "config.train.steps_per_loop is 'many': write a value of type int")
+        config.train.steps = "many"
+    refuse(config, "config.train.steps is 'many': write a value of type int")
 
 
 def test_the_experiments_own_fields_are_free(config):
