@@ -10,17 +10,17 @@ class MnistTrainer(mptrain.Trainer):
     """Two convolutions and two dense layers; also fits Fashion-MNIST, KMNIST and EMNIST digits (data.name="idx")."""
 
     def build_model(self) -> keras.Model:
-        layers = keras.layers
+        layers, width = keras.layers, self.config.model.get("width", 32)
         return keras.Sequential(
             [
                 keras.Input((28, 28, 1)),
-                layers.Conv2D(32, 5, activation="relu", name="conv1"),
+                layers.Conv2D(width, 5, activation="relu", name="conv1"),
                 layers.MaxPooling2D(name="pool1"),
-                layers.Conv2D(64, 5, activation="relu", name="conv2"),
+                layers.Conv2D(2 * width, 5, activation="relu", name="conv2"),
                 layers.MaxPooling2D(name="pool2"),
                 layers.Flatten(name="flatten"),
                 layers.Dropout(self.config.model.dropout, name="dropout1"),
-                layers.Dense(128, activation="relu", name="dense"),
+                layers.Dense(4 * width, activation="relu", name="dense"),
                 layers.Dropout(self.config.model.dropout, name="dropout2"),
                 layers.Dense(10, dtype="float32", name="logits"),
             ],

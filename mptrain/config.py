@@ -9,8 +9,11 @@ A config file is a Python file with `get_config()` that calls `default_config()`
         config.trainer = "experiments.mnist.MnistTrainer"
         config.train.epochs = 6
         return config
+
+Durations are in steps or in epochs, see `durations.py`; `--config=FILE.py:TEXT` hands get_config its one argument.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterator
 
@@ -18,15 +21,15 @@ from ml_collections import ConfigDict, config_dict
 
 from mptrain.errors import InputError
 
-MODES = ("train", "eval", "train_and_eval", "verify_resume", "numerics", "parity")
+MODES = ("train", "eval", "train_and_eval", "verify_resume", "numerics", "parity", "sweep")
 PRECISIONS = ("auto", "native", "float32", "mixed_float16", "mixed_bfloat16")
 COMPARED = ("native", "mixed_float16", "mixed_bfloat16")  # with float32, in --mode=parity
-SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
+SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "piecewise")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 CLUSTERS = ("auto", "tf_config", "slurm", "kubernetes")
 
-# Groups whose fields an experiment names itself.
-FREE_GROUPS = ("model",)
+# Groups whose fields an experiment, or the optimizer's class, names itself.
+FREE_GROUPS = ("model", "optimizer.options")
 
 # What may differ between the runs that share a folder: where and how often, never what is computed.
 RESUMABLE = (
@@ -79,11 +82,19 @@ def default_config() -> ConfigDict:
 
     config.optimizer.accumulation_steps = 1  # steps that make one update, with the mean of their gradients
     config.optimizer.ema_momentum = 0.0  # of the moving average of the weights that is evaluated and exported; 0: none
+    config.optimizer.options = ConfigDict()  # more arguments of the optimizer's class, such as momentum
+    # Variables that are trained otherwise, by regexes over their paths; of several that match the first counts. For instance
+    # ({"match": "^encoder/", "learning_rate_factor": 0.1, "weight_decay": 0.0}, {"match": "embedding", "frozen": True})
+    config.optimizer.groups = ()
 
-    config.schedule = ConfigDict()  # of the learning rate, over applied steps
-    config.schedule.name = "constant"  # constant | cosine | linear | rsqrt
+    config.schedule = ConfigDict()  # of the learning rate, over the steps of applied updates
+    config.schedule.name = "constant"  # constant | cosine | linear | rsqrt | piecewise
     config.schedule.warmup_steps = 0  # linear, from 0
+    config.schedule.warmup_epochs = config_dict.placeholder(float)
     config.schedule.end_factor = 0.0  # cosine, linear: final learning rate as a share of the peak
+    config.schedule.boundaries_steps = ()  # piecewise: where the next of `factors` begins; ascending
+    config.schedule.boundaries_epochs = ()
+    config.schedule.factors = ()  # piecewise: from each boundary on, the learning rate as a share of the peak
 
     config.data = ConfigDict()
     config.data.name = "mnist"  # mnist (embedded) | idx | npz | bytes (text) | synthetic | tfds:NAME
@@ -104,10 +115,12 @@ def default_config() -> ConfigDict:
     config.train.jit_compile = _either("auto")  # "auto" | True | False: XLA for the train step
 
     config.eval = ConfigDict()
-    config.eval.every_steps = 0  # absolute multiples; 0: once an epoch, rounded up to whole accumulation windows
+    config.eval.every_steps = config_dict.placeholder(int)  # absolute multiples
+    config.eval.every_epochs = 1.0
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # absolute multiples; the last step is always saved
+    config.checkpoint.every_epochs = config_dict.placeholder(float)
     config.checkpoint.keep = 3  # newest ones
     config.checkpoint.keep_best = 0  # beside them those of the best evaluations, which are saved for it
     config.checkpoint.best_metric = "loss"  # what "best" means: a metric of the evaluation
@@ -137,6 +150,7 @@ def default_config() -> ConfigDict:
     config.numerics = ConfigDict()
     config.numerics.provenance = True  # compute a skipped step again, to say which layer overflowed first
     config.numerics.every_steps = 0  # exponents in TensorBoard, at absolute multiples; 0: none
+    config.numerics.every_epochs = config_dict.placeholder(float)
     config.numerics.layers = ("",)  # regexes; of the layers in whose path one is found
     config.numerics.steps = 200  # --mode=numerics: that are trained and looked at
     config.numerics.reference_every = 8  # --mode=numerics: each so many of them are computed in float32 too
@@ -149,7 +163,8 @@ def default_config() -> ConfigDict:
     config.parity.bound = 0.25
 
     config.lock()
-    config.model.unlock()
+    for path in FREE_GROUPS:
+        config[path].unlock()
     return config
 
 
@@ -171,19 +186,48 @@ def from_fields(values: dict[str, object]) -> ConfigDict:
     """
     config = default_config()
     for path, value in values.items():
-        group, _, leaf = path.rpartition(".")
-        holder = config[group] if group else config
-        if leaf not in holder:
-            raise InputError(unknown_field(path))
-        if path in FREE_GROUPS:
-            value = ConfigDict(value)
-        elif isinstance(holder[leaf], tuple):
-            value = tuple(value)  # JSON knows lists only
-        elif isinstance(holder[leaf], float) and isinstance(value, int):
-            value = float(value)
-        with holder.unlocked():
-            holder[leaf] = value
+        set_field(config, path, value)
     return config
+
+
+def set_field(config: ConfigDict, path: str, value: object) -> None:
+    """Sets one field; a list does for a tuple, a mapping for a free group, and whatever it was named, a field in a free group.
+
+    Raises:
+        InputError: for a field that does not exist, or a value of another type.
+    """
+    holder, leaf = place(config, path)
+    free = any(path.startswith(f"{group}.") for group in FREE_GROUPS)
+    if leaf not in holder and not free:
+        raise InputError(unknown_field(path))
+    if path in FREE_GROUPS:
+        value = ConfigDict(value)
+        value.unlock()
+    elif isinstance(holder.get(leaf), tuple) and isinstance(value, list):
+        value = tuple(value)  # JSON knows lists only
+    elif not free and holder.get_type(leaf) is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    try:
+        with holder.unlocked(), holder.ignore_type() if free or path in FREE_GROUPS else contextlib.nullcontext():
+            holder[leaf] = value
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.{path} is {value!r}: write a value of type {holder.get_type(leaf).__name__}") from error
+
+
+def place(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
+    """Returns the group in which a field is, and its name there.
+
+    Raises:
+        InputError: if there is no such group.
+    """
+    group, _, leaf = path.rpartition(".")
+    try:
+        holder = config[group] if group else config
+    except (KeyError, AttributeError) as error:
+        raise InputError(unknown_field(path)) from error
+    if not isinstance(holder, ConfigDict):
+        raise InputError(unknown_field(path))
+    return holder, leaf
 
 
 def nearest(path: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from mptrain import durations, optimizer_check
 from mptrain.config import (
     CLUSTERS,
     COMPARED,
@@ -17,6 +18,8 @@ from mptrain.config import (
     STRATEGIES,
     default_config,
     fields,
+    from_fields,
+    place,
     unknown_field,
 )
 from mptrain.errors import InputError
@@ -28,31 +31,44 @@ def validate(config: ConfigDict) -> None:
     Raises:
         InputError: with every fault found, one a line.
     """
-    faults = list(_structure_faults(config)) or list(_value_faults(config))
+    refuse(list(faults(config)))
+
+
+def faults(config: ConfigDict) -> list[str]:
+    """Returns a line for each fault of the config: of names and types, and of the values of all other fields."""
+    wrong = dict(_structure_faults(config))
+    if not wrong:
+        return list(_value_faults(config))
+    sound = from_fields({path: value for path, value in fields(config) if path not in wrong})
+    return [*wrong.values(), *(fault for fault in _value_faults(sound) if not any(path in fault for path in wrong))]
+
+
+def refuse(faults: list[str]) -> None:
+    """Raises an InputError that tells all faults, one a line; nothing where there are none."""
     if len(faults) > 1:
-        raise InputError(f"{len(faults)} faults in the config:\n  " + "\n  ".join(faults))
+        raise InputError(f"{len(faults)} faults:\n  " + "\n  ".join(faults))
     if faults:
         raise InputError(faults[0])
 
 
-def _structure_faults(config: ConfigDict) -> Iterator[str]:
+def _structure_faults(config: ConfigDict) -> Iterator[tuple[str, str]]:
+    """Yields (path, line) for each field that does not exist, is missing or has a value of another type."""
     expected, given = dict(fields(default_config())), dict(fields(config))
-    types = default_config()
+    types, optional = default_config(), {path for pair in durations.pairs() for path in pair if expected[path] != ()}
     for path in given.keys() - expected.keys():
-        yield unknown_field(path)
+        yield path, unknown_field(path)
     missing = sorted(expected.keys() - given.keys())
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        yield f"config field {missing[0]!r}{more} is missing: start from mptrain.default_config()"
-    for path in given.keys() & expected.keys():
-        group, _, leaf = path.rpartition(".")
-        wanted = (types[group] if group else types).get_type(leaf)
-        value = given[path]
-        if path in FREE_GROUPS or wanted is object or value is None and expected[path] is None:
+        yield missing[0], f"config field {missing[0]!r}{more} is missing: start from mptrain.default_config()"
+    for path in sorted(given.keys() & expected.keys()):
+        holder, leaf = place(types, path)
+        wanted, value = dict if path in FREE_GROUPS else holder.get_type(leaf), given[path]
+        if wanted is object or value is None and (expected[path] is None or path in optional):
             continue
         number = wanted is float and isinstance(value, int)
         if isinstance(value, bool) and wanted is not bool or not (isinstance(value, wanted) or number):
-            yield f"config.{path} is {value!r}: write a value of type {wanted.__name__}"
+            yield path, f"config.{path} is {value!r}: write a value of type {wanted.__name__}"
 
 
 def _value_faults(config: ConfigDict) -> Iterator[str]:
@@ -60,10 +76,10 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
     yield from _range_faults(config)
     if not config.trainer or "." not in config.trainer:
         yield (f"config.trainer is {config.trainer!r}: write the module path and class, as 'experiments.mnist.MnistTrainer'")
-    steps, epochs = config.train.steps, config.train.epochs
-    if (steps is None) == (epochs is None):
-        state = "neither is" if steps is None else "both are"
-        yield f"config.train.steps and config.train.epochs: {state} set; set exactly one of them"
+    yield from durations.faults(config)
+    yield from optimizer_check.faults(config)
+    for group, leaf in (("precision", "float32_layers"), ("numerics", "layers")):
+        yield from (f"config.{group}.{leaf}: {fault}" for fault in optimizer_check.regex_faults(config[group][leaf]))
     loop = config.train.steps_per_loop
     if loop != "auto" and (isinstance(loop, bool) or not isinstance(loop, int) or loop < 1):
         yield f"config.train.steps_per_loop is {loop!r}: write a number of steps above 0, or 'auto'"
@@ -74,19 +90,20 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
             f" ({scale.min_scale:g}) and max_scale ({scale.max_scale:g})"
         )
     window = config.optimizer.accumulation_steps
-    intervals = {f"{group}.every_steps": config[group].every_steps for group in ("checkpoint", "eval", "numerics")}
-    for path, value in (*intervals.items(), ("train.steps", steps or 0)):
-        if window > 1 and value % window:
+    values = dict(fields(config))
+    for path in {steps for steps, _ in durations.pairs()} - durations.open_fields(config):
+        if window > 1 and path.endswith((".steps", ".every_steps")) and (values[path] or 0) % window:
             yield (
-                f"config.{path} is {value}: write a multiple of optimizer.accumulation_steps ({window}), so that no checkpoint"
+                f"config.{path} is {values[path]}: write a multiple of optimizer.accumulation_steps ({window}), so that no checkpoint"
                 " falls inside a window"
             )
-    for name, value in config.model.items():
-        try:
-            json.dumps(value.to_dict() if isinstance(value, ConfigDict) else value)
-        except (TypeError, ValueError):
-            kind = type(value).__name__
-            yield f"config.model.{name} is a {kind}, which config.json cannot hold: write numbers, text, lists or mappings"
+    for group in FREE_GROUPS:
+        for name, value in config[group].items():
+            try:
+                json.dumps(value.to_dict() if isinstance(value, ConfigDict) else value)
+            except (TypeError, ValueError):
+                what = f"config.{group}.{name} is a {type(value).__name__}"
+                yield f"{what}, which config.json cannot hold: write numbers, text, lists or mappings"
     needed = {"idx": "the folder with the four IDX files", "npz": "an .npz file or a folder", "bytes": "a text or a folder"}
     if config.data.name in needed and not config.data.dir:
         yield f"config.data.dir is empty: data.name={config.data.name!r} needs {needed[config.data.name]}"
@@ -130,7 +147,10 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "data.eval_batch_size",
         "train.steps",
         "train.epochs",
+        "eval.every_steps",
+        "eval.every_epochs",
         "checkpoint.every_steps",
+        "checkpoint.every_epochs",
         "checkpoint.keep",
         "data.examples",
         "data.classes",
@@ -153,9 +173,10 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
     )
     not_negative = (
         "seed",
-        "eval.every_steps",
         "numerics.every_steps",
+        "numerics.every_epochs",
         "schedule.warmup_steps",
+        "schedule.warmup_epochs",
         "schedule.end_factor",
         "checkpoint.keep_best",
         "devices.virtual_cpus",
@@ -169,8 +190,14 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         if values[path] is not None and not 0 < values[path] < math.inf:
             yield f"config.{path} is {values[path]}: write a number above 0"
     for path in not_negative:
-        if not 0 <= values[path] < math.inf:
+        if values[path] is not None and not 0 <= values[path] < math.inf:
             yield f"config.{path} is {values[path]}: write 0 or a number above"
+    for path, value in values.items():
+        if path not in positive + not_negative and isinstance(value, float) and not math.isfinite(value):
+            yield f"config.{path} is {value}: write a finite number"
+    for path in ("data.shape",):
+        if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in values[path]):
+            yield f"config.{path} is {values[path]!r}: write whole numbers above 0"
     if values["devices.port"] >= 2**16:
         yield f"config.devices.port is {values['devices.port']}: write a port, 1 to 65535"
     if values["seed"] >= 2**31:

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from mptrain.errors import InputError
-from mptrain.keras_compat import raw, variables_by_path
+from mptrain.keras_compat import key, variables_by_path
 
 _INSTEAD = {
     "loss_scale_factor": "leave it out: LossScaleOptimizer scales the loss",
@@ -33,6 +33,7 @@ class InnerOptimizer:
         self.optimizer = optimizer
         self._apply, self._create_slots = _apply_and_build(optimizer)
         self._trained = {}  # key -> variable
+        self._frozen = set()  # keys of variables that the optimizer does not want to meet
 
     @property
     def trained(self) -> list:
@@ -55,11 +56,17 @@ class InnerOptimizer:
     def build(self, variables: Iterable) -> None:
         """Takes note of the variables to train and creates their slots."""
         for variable in variables:
-            self._trained.setdefault(_key(variable), variable)
+            if getattr(self.optimizer, "is_frozen", lambda variable: False)(variable):
+                self._frozen.add(key(variable))
+            else:
+                self._trained.setdefault(key(variable), variable)
         if not getattr(self.optimizer, "built", False):
             self._create_slots(self.trained)
-        if isinstance(self.optimizer, keras.optimizers.Optimizer):
-            _switch_off_sums(self.optimizer)
+        _switch_off_sums(self.optimizer)
+
+    def is_frozen(self, variable) -> bool:
+        """Whether a variable of `build` is one that the optimizer leaves as it is."""
+        return key(variable) in self._frozen
 
     def place(self, variable) -> int:
         """Returns the place of a variable among those of `build`, whichever of its wrappers it comes in.
@@ -67,10 +74,10 @@ class InnerOptimizer:
         Raises:
             ValueError: if it is not among them.
         """
-        places = {key: place for place, key in enumerate(self._trained)}
-        if _key(variable) not in places:
+        places = {each: place for place, each in enumerate(self._trained)}
+        if key(variable) not in places:
             raise ValueError(f"{variable!r} is not among the variables that the optimizer was built with")
-        return places[_key(variable)]
+        return places[key(variable)]
 
     def apply(self, gradients: Iterable, places: Iterable[int]) -> None:
         """Updates the variables at `places` in the replica it is called in, without another all-reduce.
@@ -123,13 +130,14 @@ def _apply_and_build(optimizer) -> tuple[Callable, Callable]:
     return optimizer.apply_gradients, getattr(optimizer, "build", lambda variables: None)
 
 
-def _switch_off_sums(optimizer: keras.optimizers.Optimizer) -> None:
-    """Keeps a Keras 3 optimizer, and those inside a `MultiOptimizer`, from summing over the replicas once more.
+def _switch_off_sums(optimizer) -> None:
+    """Keeps a Keras 3 optimizer, and those inside a `MultiOptimizer` or parameter groups, from summing over the replicas again.
 
     It always sums and has no switch. Replaced once, and not around each call: replica threads interleave.
     """
     for each in (optimizer, *getattr(optimizer, "optimizers", ())):
-        each._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
+        if isinstance(each, keras.optimizers.Optimizer):
+            each._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
 
 
 def _own_variables(optimizer, trained: Container[str] = ()) -> list:
@@ -141,7 +149,7 @@ def _own_variables(optimizer, trained: Container[str] = ()) -> list:
     found = getattr(optimizer, "variables", None)
     if found is None:
         held = _variables_in(getattr(optimizer, "__dict__", {}))
-        return [variable for variable in held if _key(variable) not in trained]
+        return [variable for variable in held if key(variable) not in trained]
     found = found() if callable(found) else found
     found = list(found.values() if isinstance(found, Mapping) else found)
     for each in found:
@@ -156,13 +164,6 @@ def _variables_in(value) -> Iterator:
     elif isinstance(value, (Mapping, list, tuple)):
         for each in value.values() if isinstance(value, Mapping) else value:
             yield from _variables_in(each)
-
-
-def _key(variable) -> str:
-    """Returns what the wrappers of one variable share: Keras's, tf_keras's that casts, and the replicas' parts of it."""
-    variable = raw(variable)
-    container = getattr(variable, "_distributed_container", None)
-    return (container() if container else variable)._unique_id
 
 
 def read_tf_keras_loss_scale(path: str) -> tuple[float, int]:

@@ -4,7 +4,9 @@ Everything else sees layers, paths and `tf.Variable`s.
 """
 
 import contextlib
+import functools
 import importlib
+import types
 from collections.abc import Callable, Iterable, Iterator
 
 import keras
@@ -53,21 +55,73 @@ def variables_by_path(variables: Iterable) -> dict[str, tf.Variable]:
     """Returns {path: variable} in the given order; a path that stands twice gets "#2", "#3" ..."""
     by_path = {}
     for variable in variables:
-        unique, count = _path(variable), 1
+        unique, count = path(variable), 1
         while unique in by_path:
             count += 1
-            unique = f"{_path(variable)}#{count}"
+            unique = f"{path(variable)}#{count}"
         by_path[unique] = raw(variable)
     return by_path
 
 
-def _path(variable) -> str:
+def path(variable) -> str:
+    """Returns where a variable stands in its model, as "encoder/dense1/kernel"."""
     if (noted := getattr(raw(variable), _NOTE, None)) is not None:
         return noted
     return variable.path if isinstance(variable, keras.Variable) else variable.name.split(":")[0]
 
 
+def key(variable) -> str:
+    """Returns what the wrappers of one variable share: Keras's, tf_keras's that casts, and the replicas' parts of it."""
+    variable = raw(variable)
+    container = getattr(variable, "_distributed_container", None)
+    return (container() if container else variable)._unique_id
+
+
 _NOTE = "_mptrain_path"
+_UNDECAYED = "_mptrain_undecayed"
+_NORMS = tuple(
+    getattr(home.layers, f"{kind}Normalization")
+    for home in (keras, tf_keras)
+    for kind in ("Batch", "Layer", "Group", "RMS", "Unit")
+    if hasattr(home.layers, f"{kind}Normalization")
+)
+
+
+def note_biases_and_norms(model) -> None:
+    """Notes on each variable of a bias or a norm that it is one, whatever it is called and of whatever rank.
+
+    On the variable itself, as `note_paths` does. A norm over two axes has factors of rank 2, and so have the biases of
+    attention and of GRUs, which their shape alone does not tell.
+    """
+    for layer in _all_layers(model):
+        below = {id(variable) for inner in layers_in(layer)[1:] for variable in inner.variables}
+        own = [variable for variable in layer.variables if isinstance(layer, _NORMS) and id(variable) not in below]
+        bias = getattr(layer, "bias", None)
+        for variable in (*own, *([bias] if isinstance(bias, (tf.Variable, keras.Variable)) else [])):
+            setattr(raw(variable), _UNDECAYED, True)
+
+
+def decays(variable) -> bool:
+    """Whether weight decay is for a variable: not for biases, norms, and what else has less than two dimensions."""
+    noted = getattr(raw(variable), _UNDECAYED, False)
+    return len(variable.shape) > 1 and not noted and path(variable).rsplit("/", 1)[-1] != "bias"
+
+
+def exclude_from_weight_decay(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
+    """Makes a Keras 3 optimizer that is not built yet decay all but these variables.
+
+    Muon is put right on the way: its own decay, alone among Keras's, cannot be applied under tf.distribute, and reads the paths
+    of variables, which a plain `tf.Variable` has not.
+    """
+    optimizer.exclude_from_weight_decay(var_list=variables)
+    if isinstance(optimizer, getattr(keras.optimizers, "Muon", ())):
+
+        def should_use_adamw(variable):
+            known = types.SimpleNamespace(shape=variable.shape, path=path(variable))
+            return type(optimizer)._should_use_adamw(optimizer, known)
+
+        optimizer._should_use_adamw = should_use_adamw
+        optimizer._apply_weight_decay = functools.partial(keras.optimizers.Optimizer._apply_weight_decay, optimizer)
 
 
 def note_paths(model) -> None:
@@ -78,14 +132,14 @@ def note_paths(model) -> None:
     if is_keras_layer(model):
         return
     paths = {}
-    for path, found in _parts(model):
+    for where, found in _parts(model):
         if is_keras_layer(found):
             for below, variable in variables_by_path(found.variables).items():
-                paths.setdefault(id(variable), (f"{path}/{below.removeprefix(f'{found.name}/')}", variable))
+                paths.setdefault(id(variable), (f"{where}/{below.removeprefix(f'{found.name}/')}", variable))
         else:
-            paths.setdefault(id(found), (path, found))
-    for path, variable in paths.values():
-        setattr(variable, _NOTE, path)
+            paths.setdefault(id(found), (where, found))
+    for where, variable in paths.values():
+        setattr(variable, _NOTE, where)
 
 
 def _parts(module: tf.Module) -> Iterator[tuple[str, object]]:

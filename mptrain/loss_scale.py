@@ -269,6 +269,8 @@ class LossScaleOptimizer(tf.Module):
             raise ValueError("every gradient is None: the loss does not depend on the trainable variables")
         self._build_if_needed(replica, [variable for _, variable in pairs])
         places, gradients = self._in_order_of_build(pairs)
+        if not places:
+            raise ValueError("every variable that has a gradient is frozen: leave them out of the groups that are")
         if self._sums is not None:
             self._sums.add(places, gradients)
             return merged(replica, self._end_of_window)
@@ -342,6 +344,8 @@ class LossScaleOptimizer(tf.Module):
         """Returns the places of the variables that have gradients, ascending, and one float32 gradient for each."""
         found = {}
         for gradient, variable in pairs:
+            if self._inner.is_frozen(variable):
+                continue
             place = self._inner.place(variable)
             if gradient is not None:
                 gradient = to_float32(gradient)

@@ -1,6 +1,7 @@
 """The command line: `python -m mptrain.main --config=configs/mnist.py [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...]`.
 
-Parses flags and nothing else. TensorFlow is imported only when the flags are good, so a typing error is answered at once.
+Parses flags and nothing else, by what `command_line.py` finds of them. TensorFlow is imported only when the flags are good, so
+a typing error is answered at once.
 """
 
 import os
@@ -15,13 +16,14 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from mptrain import command_line, config_check, config_text, durations
 from mptrain import config as config_lib
-from mptrain import config_check
 from mptrain.errors import InputError, RunError, StopRun, is_worker, one_line, spoken
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; fields: --config.GROUP.FIELD=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/CONFIG_NAME/DATE-TIME. Resumes.")
 _MODE = flags.DEFINE_enum("mode", "train_and_eval", list(config_lib.MODES), "What to do.")
+_PRINT = flags.DEFINE_bool("print_config", False, "Prints the config, as it was resolved from file and flags, and ends.")
 
 
 def main(argv: list[str]) -> None:
@@ -29,24 +31,35 @@ def main(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {argv[1]!r}: flags begin with --, as in --config={argv[1]}")
     if _CONFIG.value is None:
         raise InputError("no config given: write --config=FILE, for instance --config=configs/mnist.py")
-    _let_one_length_replace_the_other(_CONFIG.value)
     config_check.validate(_CONFIG.value)
+    if _PRINT.value:
+        print(config_text.config_text(_CONFIG.value), end="")
+        return
     from mptrain import devices, runner  # import TensorFlow, so they wait until flags and config are good
 
     if _WORKDIR.value is None and devices.is_multi_worker(_CONFIG.value.devices):
         raise InputError("several workers must share one run folder: name it with --workdir=DIR")
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-    workdir = _WORKDIR.value or os.path.join("runs", name, time.strftime("%Y%m%d-%H%M%S"))
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or os.path.join("runs", _run_name(file), time.strftime("%Y%m%d-%H%M%S"))
     runner.run(_CONFIG.value, workdir, _MODE.value)
 
 
-def _let_one_length_replace_the_other(config) -> None:
-    """A length given on the command line replaces the config file's, in steps or in epochs; both given stay a fault."""
-    steps, epochs = (f"config.train.{name}" in flags.FLAGS for name in ("steps", "epochs"))
-    if steps and not epochs:
-        config.train.epochs = None
-    if epochs and not steps:
-        config.train.steps = None
+def _run_name(config_file: str) -> str:
+    """Returns the name of the folder of a config's runs: "mnist-small" for "configs/mnist.py:small"."""
+    path, _, argument = config_file.partition(":")
+    return "-".join(filter(None, (pathlib.Path(path).stem, re.sub(r"[^\w.]+", "-", argument).strip("-."))))
+
+
+def _let_flags_decide_the_unit(config: ConfigDict) -> list[str]:
+    """A duration given on the command line replaces the config file's, in steps or in epochs; returns the faults: both."""
+    faults = []
+    for pair in durations.pairs():
+        given = [path for path in pair if f"config.{path}" in flags.FLAGS]
+        if len(given) == 1:
+            durations.prefer(config, given[0])
+        elif given:
+            faults.append(f"config.{pair[0]} and config.{pair[1]}: both are set; set exactly one of them")
+    return faults
 
 
 def _quieten(argv: list[str]) -> None:
@@ -60,39 +73,49 @@ def _quieten(argv: list[str]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses `argv`; a mistake in a flag or in the config file becomes one line."""
+    """Parses `argv`; all mistakes in flags and config are told together, of those that keep the file from loading the first."""
+    line = command_line.read(argv)
+    sys.argv[1:] = line.argv[1:]  # where ml_collections looks for the flags of fields
     try:
-        remaining = flags.FLAGS(argv)
+        remaining = flags.FLAGS(line.argv)
         config = _CONFIG.value
         getattr(config, "keys", None)  # a file that did not load raises when it is first looked at
     except Exception as error:  # the config file is the user's code: whatever it raises is told in one line
-        _exit(2, _flag_message(argv, error))
-    if "config" in _given(argv) and not isinstance(config, ConfigDict):
-        _exit(2, f"{_given(argv)['config']}: get_config() returns {config!r}: end it with `return config`")
+        _exit_with([*line.faults, _flag_message(argv, error)])
+    file = command_line.given(argv).get("config")
+    if file and not isinstance(config, ConfigDict):
+        _exit_with([*line.faults, f"{file}: get_config() returns {config!r}: end it with `return config`"])
+    if config is not None:
+        for path, value in line.options.items():
+            config_lib.set_field(config, path, value)
+        line.faults += _let_flags_decide_the_unit(config)
+        if line.faults:
+            line.faults += [fault for fault in config_check.faults(config) if fault not in line.faults]
+    if line.faults:
+        _exit_with(line.faults)
     return remaining
 
 
-def _given(argv: list[str]) -> dict[str, str]:
-    """Returns {flag: value} of the command line, be the two joined by "=" or by a space."""
-    joined = re.sub(r"\0(?!-)", "=", "\0".join(argv[1:]))
-    return dict(pair.lstrip("-").split("=", 1) for pair in joined.split("\0") if pair.startswith("-") and "=" in pair)
+def _exit_with(faults: list[str]) -> NoReturn:
+    try:
+        config_check.refuse(faults)
+    except InputError as error:
+        _exit(2, str(error))
 
 
 def _flag_message(argv: list[str], error: Exception) -> str:
-    given = _given(argv)
+    given = command_line.given(argv)
     path = given.get("config", "").split(":")[0]
     if path and not os.path.isfile(path):
         return f"config file {path!r} not found: write --config=FILE, for instance --config=configs/mnist.py"
-    known = [name for name, _ in config_lib.fields(config_lib.default_config())]
-    for flag in given:
-        field = flag.removeprefix("config.")
-        if field == flag or field in known:
-            continue
-        if any(name.startswith(f"{field}.") for name in known):
-            return f"--{flag} is a group of fields: set one of them, as --{flag}.FIELD=VALUE"
-        if not field.startswith("model."):
-            return config_lib.unknown_field(field)
+    if isinstance(error, InputError):  # which the config file raises itself
+        return f"{path}: {error}"
     text = str(error)
+    if wrong := re.search(r"get_config\(\) (takes 0 positional|missing 1 required positional argument: '(\w+)')", text):
+        what = (
+            f"needs an argument: write --config={path}:{wrong[2].upper()}" if wrong[2] else f"takes none: write --config={path}"
+        )
+        return f"{given['config']}: get_config {what}"
     line = _line_of(path, error)
     place = f"{path}, line {line}: " if line else f"{path}: " if "parsing config file" in text else ""
     unknown = re.search(r'Key \\?"(\w+)\\?" does not exist', text)

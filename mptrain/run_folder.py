@@ -16,7 +16,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import metrics_log
+from mptrain import durations, metrics_log
 from mptrain.errors import InputError, RunError
 
 _OWN_NAMES = ("checkpoints", "metrics.jsonl", "precision_plan.txt", "export")
@@ -60,6 +60,8 @@ class RunFolder:
     def changes(self, config: ConfigDict) -> dict[str, tuple[object, object]]:
         """Returns {field: (before, now)} for what a resumed run changes and may change; empty for a new run.
 
+        Durations in epochs cannot be compared before they are known in steps, so they are left out until then.
+
         Raises:
             InputError: if the folder holds another run's config, or its config.json is damaged.
         """
@@ -74,6 +76,7 @@ class RunFolder:
             raise InputError(f"{self.config_file} cannot be read: {error.strerror}; name another folder") from error
         now, defaults = (json.loads(json.dumps(dict(config_lib.fields(c)))) for c in (config, config_lib.default_config()))
         changes = config_lib.differences({**defaults, **before}, now)  # an older version did not have every field
+        changes = {path: pair for path, pair in changes.items() if path not in durations.open_fields(config)}
         other = [path for path in changes if not config_lib.is_resumable(path)]
         if other:
             was, is_now = changes[other[0]]

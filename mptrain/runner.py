@@ -11,7 +11,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import config_check, devices, keras_compat, precision, verify_resume
+from mptrain import config_check, devices, keras_compat, parameter_groups, precision, verify_resume
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
 from mptrain.errors import InputError, RunError
@@ -212,9 +212,11 @@ def build_trainer(config: ConfigDict, strategy: tf.distribute.Strategy | None = 
 
 
 def _notes(trainer: Trainer, hardware: str) -> list[str]:
+    groups = parameter_groups.describe(trainer.config.optimizer.groups, trainer.trainable_variables)
     return [
         f"precision    {trainer.precision.name} ({trainer.precision.reason})",
         f"jit_compile  {trainer.kernels}",
         f"devices      {hardware}",
         f"data         {trainer.training_batches}",
+        *(f"group        {line}" for line in groups),
     ]

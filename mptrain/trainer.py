@@ -10,7 +10,19 @@ import keras
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mptrain import config_check, data, devices, hardware, keras_compat, model_check, optimizers, precision, workers_check
+from mptrain import (
+    config_check,
+    data,
+    devices,
+    durations,
+    hardware,
+    keras_compat,
+    model_check,
+    optimizers,
+    parameter_groups,
+    precision,
+    workers_check,
+)
 from mptrain.errors import EvaluationStopped, InputError
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.orbit_import import orbit
@@ -25,7 +37,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     """Trains and evaluates one model. Override `build_model` and `compute_loss`, and of the rest as little as wanted.
 
     Attributes:
-        config: the run's config.
+        config: the run's config, its durations in steps.
         precision_warnings: lines about layers that compute in another dtype than was asked for, or round the logits.
         strategy: the `tf.distribute.Strategy` whose replicas share each global batch.
         precision: the casts of this run.
@@ -69,6 +81,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             self.train_source, batch_size=config.data.batch_size, seed=config.seed, strategy=self.strategy
         )
         workers_check.check_examples(self)
+        self.config = durations.resolve(config, lambda: len(self.train_source))
         keras_compat.seed_everything(config.seed)
         with self.strategy.scope():
             self.global_step = orbit.utils.create_global_step()
@@ -88,6 +101,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.uses_float16 = model_check.uses_float16(self.precision, self.model, forward)
         self.kernels = self._kernels_for(self.uses_float16)
         with self.strategy.scope():
+            parameter_groups.check(self.config.optimizer.groups, self.trainable_variables)
             self.optimizer = self.build_optimizer()
             self.optimizer.build(forward.in_order(self.trainable_variables))
             self.optimizer.check_loss = self._check_loss
@@ -216,11 +230,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     @property
     def total_steps(self) -> int:
-        """The length of the run in attempted steps; epochs are rounded up to whole steps and accumulation windows."""
-        train, window = self.config.train, self.config.optimizer.accumulation_steps
-        if train.steps:
-            return train.steps
-        return math.ceil(train.epochs * len(self.train_source) / (self.config.data.batch_size * window)) * window
+        """The length of the run in attempted steps."""
+        return self.config.train.steps
 
     @property
     def eval_steps(self) -> int:
@@ -327,6 +338,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         if not keras_compat.is_built(self.model):
             self.model(self.precision.cast_to_compute(self.inputs(self.train_source.first())), training=False)
         keras_compat.note_paths(self.model)
+        keras_compat.note_biases_and_norms(self.model)
         if not self.trainable_variables:
             raise InputError(f"{name} has no trainable variables: keep its layers and tf.Variables in attributes of the model")
 

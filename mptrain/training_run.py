@@ -93,8 +93,7 @@ class TrainingRun:
 
     def _train(self, controller: orbit.Controller, evaluate: bool) -> dict[str, float]:
         total = self._trainer.total_steps
-        window = self._trainer.config.optimizer.accumulation_steps  # an evaluation may save, which no window survives
-        every = self._trainer.config.eval.every_steps or math.ceil(self._trainer.steps_per_epoch / window) * window
+        every = self._trainer.config.eval.every_steps or self._trainer.steps_per_epoch  # which says why nobody knows it
         if self._step >= total:
             self._console.line(f"this run is finished: {self._step} of {total} steps are done{'; evaluating it' * evaluate}")
             return self._evaluate(controller) if evaluate else self._log.last_loop

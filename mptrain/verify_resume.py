@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import tensor_file
+from mptrain import durations, tensor_file
 from mptrain.console import Console
 from mptrain.errors import InputError, RunError
 
@@ -101,8 +101,10 @@ def _first_difference(left: np.ndarray, right: np.ndarray) -> str:
 def _shortened(config: ConfigDict) -> ConfigDict:
     config, window = config.copy_and_resolve_references(), config.optimizer.accumulation_steps
     steps = -(-config.verify_resume.steps // window) * window
-    config.train.steps, config.train.epochs = steps, None
+    config.train.steps = steps
     config.checkpoint.every_steps = max(steps // (config.verify_resume.kills + 6) // window, 1) * window
+    for path in ("train.steps", "checkpoint.every_steps"):
+        durations.prefer(config, path)
     loop = config.train.steps_per_loop
     config.train.steps_per_loop = config.checkpoint.every_steps if loop == "auto" else min(loop, config.checkpoint.every_steps)
     return config

@@ -394,6 +394,6 @@ def test_trained_variable_outside_of_the_model_is_in_the_state(config, mirrored)
 
 def test_evaluations_fall_between_accumulation_windows(config, tmp_path):
     config.optimizer.accumulation_steps = 4
-    config.train.steps, config.checkpoint.every_steps, config.eval.every_steps = 28, 28, 0
+    config.train.steps, config.checkpoint.every_steps, config.eval.every_steps = 28, 28, None
     run(config, tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run", split="eval")] == [12, 24, 28]  # an epoch has 9 steps
