@@ -22,6 +22,9 @@ _HOMES = {
     "run": "mptrain.runner",
     "InputError": "mptrain.errors",
     "RunError": "mptrain.errors",
+    "StopRun": "mptrain.errors",
+    "Interrupted": "mptrain.errors",
+    "Logger": "mptrain.loggers",
 }
 _ROOMS = (
     "config",
@@ -29,6 +32,7 @@ _ROOMS = (
     "devices",
     "errors",
     "layers",
+    "loggers",
     "loss_scale",
     "numerics",
     "optimizers",

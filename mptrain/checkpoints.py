@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -26,10 +26,16 @@ _NAME = re.compile(r"ckpt-(0|[1-9]\d*)")
 _TEMPORARY = ".temporary-"
 _ASIDE = "damaged-"
 _RATING = "evaluation.json"
+# State that not every version of mptrain had, or not every run has: where a checkpoint lacks it, it keeps its first value.
+_NOT_ALWAYS_THERE = ("optimizer/learning_rate_factor",)
 
 
 class Checkpoints:
     """The checkpoints of one run.
+
+    Attributes:
+        suspended: whether `save` does nothing for now, because the state is not good.
+        must_be_finite: the paths of variables without which a state is not saved.
 
     Args:
         directory: the folder that holds them; made when the first is saved.
@@ -60,6 +66,9 @@ class Checkpoints:
         self._read_only = read_only
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing = None
+        self._held = set()
+        self.suspended = False
+        self.must_be_finite: Collection[str] = ()
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order."""
@@ -75,19 +84,23 @@ class Checkpoints:
     def save(self, step: int, also: Callable[[pathlib.Path], None] | None = None) -> pathlib.Path:
         """Writes the state as the checkpoint of `step`, unless it is there already, and removes those past `keep`.
 
+        Does nothing while `suspended`.
+
         Args:
             step: names the checkpoint.
             also: called with the unfinished folder, to write more files into it.
 
         Raises:
-            RunError: if it, or with `asynchronous` the one before it, cannot be written; older ones are as they were.
+            RunError: if it, or with `asynchronous` the one before it, cannot be written, or what `must_be_finite` is not; older
+                ones are as they were.
         """
         self.wait()
         final = self.path(step)
-        if self._read_only or final.exists():
+        if self._read_only or self.suspended or final.exists():
             return final
         temporary = self.directory / f"{_TEMPORARY}{final.name}"
         tensors = {path: variable.numpy() for path, variable in self._state.items()}
+        self._check_finite(step, tensors)
         self._guarded(step, lambda: self._begin(temporary, also))
         if self._writer is None:
             self._guarded(step, lambda: self._finish(temporary, final, tensors))
@@ -125,7 +138,17 @@ class Checkpoints:
     def would_be_kept(self, rating: float) -> bool:
         """Whether a checkpoint of this rating belongs to the best `keep_best`, and may be written."""
         better = [step for step, other in self._ratings().items() if other >= rating]
-        return len(better) < self._keep_best and not math.isnan(rating) and not self._read_only
+        possible = not (math.isnan(rating) or self._read_only or self.suspended)
+        return possible and len(better) < self._keep_best
+
+    def best(self) -> int | None:
+        """Returns the step of the checkpoint with the highest rating, the earliest of equals; None where none is rated."""
+        ratings = self._ratings()
+        return max(ratings, key=lambda step: (ratings[step], -step), default=None)
+
+    def hold_oldest(self, hold: bool) -> None:
+        """Keeps what is now the oldest checkpoint, however many come after it, until called with False."""
+        self._held = (self._held or set(self.steps()[:1])) if hold else set()
 
     def restore_newest(self, warn: Callable[[str], None], *, put_aside: bool = True, restart: bool = False) -> int | None:
         """Restores the newest checkpoint that is whole.
@@ -178,10 +201,38 @@ class Checkpoints:
                 f"checkpoint {self.path(step)} cannot be read here: {error}; all workers must share the folder"
             ) from error
 
+    def restore_if_there(self, step: int, warn: Callable[[str], None]) -> bool:
+        """Restores the checkpoint of `step` while another process may remove it; returns whether it did.
+
+        Args:
+            step: names the checkpoint.
+            warn: called with one line if it is there and damaged.
+
+        Raises:
+            RunError: if it cannot be read, or holds another state than this run's.
+        """
+        try:
+            self._restore(self.path(step))
+        except DamagedError as error:
+            if self.path(step).exists():
+                warn(f"checkpoint {self.path(step)} is damaged and passed over: {error}")
+            return False
+        return True
+
     def _restore(self, path: pathlib.Path) -> None:
         _check_contents(path, tensor_file.contents(path), _contents(self._state))
         for name, value in tensor_file.read(path).items():
             self._state[name].assign(value)
+
+    def _check_finite(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
+        if bad := [path for path in self.must_be_finite if not np.isfinite(tensors[path]).all()]:
+            more = f" and {len(bad) - 1} more variables are" if len(bad) > 1 else " is"
+            older = self.steps()
+            raise RunError(
+                f"step {step}: {bad[0]}{more} not finite, so nothing is saved;"
+                f" {f'the checkpoint of step {older[-1]} is as it was' if older else 'there is no checkpoint yet'}. Lower"
+                " optimizer.learning_rate, or set optimizer.clip_norm"
+            )
 
     def _begin(self, temporary: pathlib.Path, also: Callable | None) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
@@ -208,7 +259,7 @@ class Checkpoints:
         ratings = self._ratings()
         best = sorted(ratings, key=lambda step: (ratings[step], -step), reverse=True)[: self._keep_best]
         for step in self.steps()[: -self._keep]:
-            if step not in best:
+            if step not in best and step not in self._held:
                 gone = self.directory / f"{_TEMPORARY}{self.path(step).name}"
                 self.path(step).rename(gone)  # first out of sight, so that a kill in the middle leaves no half of one
                 if gone.is_symlink():  # what it leads to is somebody else's
@@ -236,7 +287,7 @@ def _contents(state: Mapping[str, tf.Variable]) -> dict[str, list]:
 
 
 def _check_contents(path: pathlib.Path, saved: dict, wanted: dict) -> None:
-    faults = [f"{name} is missing" for name in wanted.keys() - saved.keys()]
+    faults = [f"{name} is missing" for name in wanted.keys() - saved.keys() - {*_NOT_ALWAYS_THERE}]
     faults += [f"{name} is not in the model" for name in saved.keys() - wanted.keys()]
     faults += [
         f"{name} is {saved[name]}, the model has {wanted[name]}"

@@ -21,11 +21,12 @@ from ml_collections import ConfigDict, config_dict
 
 from mptrain.errors import InputError
 
-MODES = ("train", "eval", "train_and_eval", "verify_resume", "numerics", "parity", "sweep")
+MODES = ("train", "eval", "train_and_eval", "continuous_eval", "verify_resume", "numerics", "parity", "sweep")
 PRECISIONS = ("auto", "native", "float32", "mixed_float16", "mixed_bfloat16")
 COMPARED = ("native", "mixed_float16", "mixed_bfloat16")  # with float32, in --mode=parity
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "piecewise")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+LOGGERS = ("wandb", "mlflow")  # packages, each an extra
 CLUSTERS = ("auto", "tf_config", "slurm", "kubernetes")
 
 # Groups whose fields an experiment, or the optimizer's class, names itself.
@@ -37,7 +38,12 @@ RESUMABLE = (
     "train.epochs",
     "train.steps_per_loop",
     "train.jit_compile",
+    "train.time_limit",
     "eval.",
+    "early_stop.",
+    "nan_guard.",
+    "profile.",
+    "log.",
     "checkpoint.",
     "devices.",
     "data.eval_batch_size",
@@ -113,10 +119,13 @@ def default_config() -> ConfigDict:
     config.train.epochs = config_dict.placeholder(float)  # passes over the training set
     config.train.steps_per_loop = _either(100)  # steps in the graph between two rows of the log; "auto": about a second's
     config.train.jit_compile = _either("auto")  # "auto" | True | False: XLA for the train step
+    config.train.time_limit = _either(0)  # seconds, or "2h30m": saves and ends there, for the next command to go on; 0: none
 
     config.eval = ConfigDict()
     config.eval.every_steps = config_dict.placeholder(int)  # absolute multiples
     config.eval.every_epochs = 1.0
+    config.eval.checkpoint = _either("newest")  # --mode=eval: newest | best (as checkpoint.best_metric says) | a step
+    config.eval.timeout = 3600.0  # --mode=continuous_eval: seconds without news of the run that end it; 0: waits for ever
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # absolute multiples; the last step is always saved
@@ -127,6 +136,39 @@ def default_config() -> ConfigDict:
     config.checkpoint.best_mode = "min"  # min | max
     config.checkpoint.async_save = False  # True: a thread writes while training goes on; one interval behind at most
     config.checkpoint.restart_if_damaged = False  # True: begin anew where there are checkpoints and none is whole
+
+    config.early_stop = ConfigDict()  # ends the run when evaluations do not get better any more
+    config.early_stop.metric = ""  # of the evaluation; "": off
+    config.early_stop.mode = "min"  # min | max: what is better
+    config.early_stop.patience = 5  # evaluations in a row without improvement
+    config.early_stop.min_delta = 0.0  # by how much a value must be better than the best one
+
+    config.plateau = ConfigDict()  # reduces the learning rate then; on top of the schedule
+    config.plateau.metric = ""  # of the evaluation; "": off
+    config.plateau.mode = "min"  # min | max
+    config.plateau.factor = 0.1  # what the rate is multiplied by
+    config.plateau.patience = 3  # evaluations in a row without improvement
+    config.plateau.cooldown = 0  # evaluations after a reduction that do not count
+    config.plateau.min_delta = 0.0
+    config.plateau.min_learning_rate = 0.0  # below which no reduction takes it
+
+    config.nan_guard = ConfigDict()  # ends the run when what it watches is NaN or inf, though gradients are finite
+    config.nan_guard.patience = 3  # loops in a row, or evaluations; 0: never
+    config.nan_guard.metrics = ()  # (): the loss and all metrics
+
+    config.profile = ConfigDict()  # for TensorBoard
+    config.profile.start_step = 10  # behind the first steps, in which graphs are traced
+    config.profile.steps = 0  # 0: none
+
+    config.log = ConfigDict()  # beside TensorBoard and metrics.jsonl
+    config.log.loggers = ()  # of "wandb", "mlflow", and subclasses of mptrain.Logger, as "package.module.Class"
+    config.log.project = (
+        ""  # W&B: project; MLflow: experiment; "": what their environment variables say, or the Trainer's module
+    )
+    config.log.name = ""  # of the run there; "": the name of the run's folder
+    config.log.tags = ()  # words, or "key=value"
+    config.log.mlflow_uri = ""  # of MLflow's server or store; "": what MLFLOW_TRACKING_URI says
+    config.log.wandb_mode = ""  # online | offline; "": what WANDB_MODE says
 
     config.devices = ConfigDict()
     config.devices.strategy = "auto"  # auto | one_device | mirrored (all GPUs) | multi_worker | tpu

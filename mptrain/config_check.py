@@ -1,6 +1,7 @@
 """The checks of a config that come before any device is touched: names, types, ranges and contradictions, all at once."""
 
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -8,11 +9,12 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from mptrain import durations, optimizer_check
+from mptrain import durations, optimizer_check, time_span
 from mptrain.config import (
     CLUSTERS,
     COMPARED,
     FREE_GROUPS,
+    LOGGERS,
     PRECISIONS,
     SCHEDULES,
     STRATEGIES,
@@ -74,6 +76,8 @@ def _structure_faults(config: ConfigDict) -> Iterator[tuple[str, str]]:
 def _value_faults(config: ConfigDict) -> Iterator[str]:
     yield from _choice_faults(config)
     yield from _range_faults(config)
+    yield from _action_faults(config)
+    yield from _logger_faults(config)
     if not config.trainer or "." not in config.trainer:
         yield (f"config.trainer is {config.trainer!r}: write the module path and class, as 'experiments.mnist.MnistTrainer'")
     yield from durations.faults(config)
@@ -91,11 +95,14 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
         )
     window = config.optimizer.accumulation_steps
     values = dict(fields(config))
-    for path in {steps for steps, _ in durations.pairs()} - durations.open_fields(config):
-        if window > 1 and path.endswith((".steps", ".every_steps")) and (values[path] or 0) % window:
+    intervals = {steps for steps, _ in durations.pairs()} - durations.open_fields(config)
+    if config.profile.steps:
+        intervals |= {"profile.start_step", "profile.steps"}
+    for path in sorted(intervals):
+        if window > 1 and path.endswith((".steps", ".every_steps", ".start_step")) and (values[path] or 0) % window:
             yield (
-                f"config.{path} is {values[path]}: write a multiple of optimizer.accumulation_steps ({window}), so that no checkpoint"
-                " falls inside a window"
+                f"config.{path} is {values[path]}: write a multiple of optimizer.accumulation_steps ({window}), so that no"
+                " checkpoint falls inside a window"
             )
     for group in FREE_GROUPS:
         for name, value in config[group].items():
@@ -121,6 +128,36 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
         yield "config.precision.policy is 'mixed_float16' on a TPU, which has no float16 arithmetic: write 'mixed_bfloat16'"
 
 
+def _action_faults(config: ConfigDict) -> Iterator[str]:
+    try:
+        time_span.seconds(config.train.time_limit)
+    except ValueError as error:
+        yield f"config.train.time_limit: {error}"
+    chosen = config.eval.checkpoint
+    if chosen not in ("newest", "best") and (isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 0):
+        yield f"config.eval.checkpoint is {chosen!r}: write newest, best, or the step of a checkpoint"
+    rate, floor = config.optimizer.learning_rate, config.plateau.min_learning_rate
+    if config.plateau.metric and floor >= rate:
+        yield (
+            f"config.plateau.min_learning_rate is {floor:g}: write a number below optimizer.learning_rate ({rate:g}), which is"
+            " to be reduced"
+        )
+    for path in ("nan_guard.metrics", "log.loggers", "log.tags"):
+        group, leaf = path.split(".")
+        if odd := [value for value in config[group][leaf] if not isinstance(value, str)]:
+            yield f"config.{path} holds {odd[0]!r}: write texts, as ('loss',)"
+
+
+def _logger_faults(config: ConfigDict) -> Iterator[str]:
+    for name in config.log.loggers:
+        if name in LOGGERS:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a folder of that name, as W&B makes one where it runs, is no package
+                yield f"config.log.loggers names {name!r}, which is not installed: pip install 'mptrain[{name}]'"
+        elif "." not in str(name):
+            yield f"config.log.loggers names {name!r}: write {', '.join(LOGGERS)}, or 'package.module.Class'"
+
+
 def _choice_faults(config: ConfigDict) -> Iterator[str]:
     choices = {
         "precision.policy": PRECISIONS,
@@ -130,6 +167,9 @@ def _choice_faults(config: ConfigDict) -> Iterator[str]:
         "devices.communication": ("auto", "ring", "nccl"),
         "train.jit_compile": ("auto", True, False),
         "checkpoint.best_mode": ("min", "max"),
+        "early_stop.mode": ("min", "max"),
+        "plateau.mode": ("min", "max"),
+        "log.wandb_mode": ("", "online", "offline"),
     }
     values = dict(fields(config))
     for path, allowed in choices.items():
@@ -168,11 +208,22 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "loss_scale.min_scale",
         "optimizer.learning_rate",
         "optimizer.accumulation_steps",
+        "early_stop.patience",
+        "plateau.patience",
+        "plateau.factor",
         "devices.start_timeout",
         "devices.port",
     )
     not_negative = (
         "seed",
+        "eval.timeout",
+        "early_stop.min_delta",
+        "plateau.cooldown",
+        "plateau.min_delta",
+        "plateau.min_learning_rate",
+        "nan_guard.patience",
+        "profile.start_step",
+        "profile.steps",
         "numerics.every_steps",
         "numerics.every_epochs",
         "schedule.warmup_steps",
@@ -204,6 +255,8 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         yield f"config.seed is {values['seed']}: write a number below 2**31"
     if values["optimizer.ema_momentum"] >= 1:
         yield f"config.optimizer.ema_momentum is {values['optimizer.ema_momentum']}: write a number below 1"
+    if values["plateau.factor"] >= 1:
+        yield f"config.plateau.factor is {values['plateau.factor']}: write a number below 1"
     if not values["loss_scale.growth_factor"] > 1:
         yield f"config.loss_scale.growth_factor is {values['loss_scale.growth_factor']}: write a number above 1"
     if not 0 < values["loss_scale.backoff_factor"] < 1:

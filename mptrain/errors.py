@@ -37,9 +37,18 @@ def is_worker() -> bool:
 
 
 class StopRun(Exception):
-    """Raised by an action at the end of a loop to end the run early and in good order (not an error by itself).
+    """Raised by an action to end the run early and in good order, as if its last step were done (not an error by itself).
 
-    Orbit's controller has no way to stop between loops but an exception.
+    The step in hand is saved and evaluated, and the exit status is 0. Orbit's controller has no way to stop between loops but
+    an exception.
+
+    Args:
+        reason: one line for the user and the log.
+    """
+
+
+class Interrupted(StopRun):
+    """A signal or the time limit ended the run; it was saved, and the same command goes on.
 
     Args:
         reason: one line for the user.

@@ -166,6 +166,26 @@ def _variables_in(value) -> Iterator:
             yield from _variables_in(each)
 
 
+def change_learning_rate(optimizer, change: Callable) -> None:
+    """Replaces the learning rate of a Keras 3 optimizer, and of each inside a `MultiOptimizer`, before it is built.
+
+    Args:
+        optimizer: the optimizer.
+        change: gets the schedule, or the constant rate as a float, and returns the new schedule.
+
+    Raises:
+        InputError: if it is no Keras 3 optimizer.
+    """
+    for each in getattr(optimizer, "optimizers", None) or [optimizer]:
+        if not isinstance(each, keras.optimizers.Optimizer):
+            raise InputError(
+                f"config.plateau.metric is set, and the optimizer is {type(each).__module__}.{type(each).__name__}: return one"
+                " of keras.optimizers from build_optimizer(), or set plateau.metric to ''"
+            )
+        rate = each._learning_rate  # `learning_rate` gives the value of a schedule, not the schedule
+        each.learning_rate = change(float(rate) if isinstance(rate, keras.Variable) else rate)
+
+
 def read_tf_keras_loss_scale(path: str) -> tuple[float, int]:
     """Returns (loss scale, applied steps in a row) from a checkpoint with a tf_keras LossScaleOptimizer in it.
 

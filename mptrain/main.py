@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mptrain import command_line, config_check, config_text, durations
 from mptrain import config as config_lib
-from mptrain.errors import InputError, RunError, StopRun, is_worker, one_line, spoken
+from mptrain.errors import InputError, Interrupted, RunError, is_worker, one_line, spoken
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; fields: --config.GROUP.FIELD=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/CONFIG_NAME/DATE-TIME. Resumes.")
@@ -159,7 +159,7 @@ def run() -> None:
             _exit(2, one_line(error))
         except RunError as error:
             _exit(1, one_line(error))
-        except StopRun as stop:
+        except Interrupted as stop:
             _leave(stop.exit_status)
         except Exception:
             if is_worker():  # the trace that follows does not say whose it is

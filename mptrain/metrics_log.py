@@ -10,13 +10,18 @@ from collections.abc import Mapping
 
 from mptrain.errors import RunError
 
-_NO_METRICS = ("step", "split", "time", "nonfinite")
-_SAVED = ("resume", "preemption", "finished")  # events of runs that had a checkpoint then
+_NO_METRICS = ("step", "split", "time", "nonfinite", "mode")
+_WRITTEN_AGAIN = ("finished", "plateau")  # events of what a resumed run comes to once more
+_SAVED = ("resume", "preemption", "time_limit", "finished")  # events of runs that had a checkpoint then
 _OVERFLOWS = ("overflow", "overflows_forgotten")
 
 
 class MetricsLog:
     """Appends rows to a file; each row is flushed, so that a killed run keeps what it wrote.
+
+    Attributes:
+        last_loop: the metrics of the last training loop that an earlier process logged.
+        evaluations: step -> metrics of every evaluation of this run, those that earlier processes logged too; in order.
 
     Args:
         path: the file; made if it is not there. A last line that a kill cut short is removed.
@@ -31,8 +36,8 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike, last_step: float):
         self._path = pathlib.Path(path)
-        self._evaluated = set()
-        self.last_loop = {}  # the metrics of the last training loop that an earlier process logged
+        self.last_loop = {}
+        self.evaluations = {}
         self._mode = {"mode": "eval"} if last_step == math.inf else {}
         try:
             self._keep_rows_up_to(last_step)
@@ -49,17 +54,20 @@ class MetricsLog:
             return
         nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
         row = {"step": step, "split": split, "time": time.time(), **self._mode, **values, **dict.fromkeys(nonfinite)}
+        if split == "eval":
+            self.evaluations[step] = _metrics(row)
         self._write({**row, "nonfinite": nonfinite} if nonfinite else row)
 
     def event(self, step: int, event: str, **details) -> None:
-        """Appends an event at `step`: "resume", "fallback", "overflow", "preemption", "finished"."""
+        """Appends an event at `step`: "resume", "fallback", "overflow", "plateau", "preemption",
+        "time_limit", "failed", "finished"."""
         self._write({"step": step, "event": event, "time": time.time(), **details})
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether an earlier process wrote the row of the evaluation at `step`."""
-        return step in self._evaluated
+        """Whether the row of the evaluation at `step` is written."""
+        return step in self.evaluations
 
-    def close(self) -> None:
+    def close(self, status: str = "finished") -> None:
         with contextlib.suppress(OSError):  # each row was flushed, and one that could not be has been told of
             self._file.close()
 
@@ -76,9 +84,8 @@ class MetricsLog:
         kept = [line for line in lines if line.endswith("\n") and _is_kept(_row(line), last_step)]
         rows = [json.loads(line) for line in kept]
         loops = [row for row in rows if row.get("split") == "train"]
-        last = (loops or [{}])[-1]
-        self.last_loop = {name: math.nan if last[name] is None else last[name] for name in last if name not in _NO_METRICS}
-        self._evaluated = {row["step"] for row in rows if row.get("split") == "eval" and "mode" not in row}
+        self.last_loop = _metrics((loops or [{}])[-1])
+        self.evaluations = {row["step"]: _metrics(row) for row in rows if row.get("split") == "eval" and "mode" not in row}
         if kept != lines:
             temporary = self._path.with_name(f".{self._path.name}.writing")
             temporary.write_text("".join(kept))
@@ -92,6 +99,7 @@ class NoLog:
     """The log of a worker that is not the chief, or of an evaluation that may not write: takes everything, writes nothing."""
 
     last_loop = {}
+    evaluations = {}
 
     def row(self, step: int, split: str, values: Mapping[str, float]) -> None:
         pass
@@ -102,7 +110,7 @@ class NoLog:
     def has_evaluation(self, step: int) -> bool:
         return False
 
-    def close(self) -> None:
+    def close(self, status: str = "finished") -> None:
         pass
 
 
@@ -120,6 +128,11 @@ def last_saved_or_trained(path: pathlib.Path, saved_after: int) -> int | None:
     return max(row["step"] for row in rows) if saved else None
 
 
+def _metrics(row: dict) -> dict[str, float]:
+    """Returns the metrics in a row, in which a null was a NaN or inf."""
+    return {name: math.nan if row[name] is None else row[name] for name in row if name not in _NO_METRICS}
+
+
 def _row(line: str) -> dict | None:
     """Returns the row; None for a line that a kill cut short, the one that was written behind it, and what is none."""
     try:
@@ -134,4 +147,4 @@ def _is_kept(row: dict | None, last_step: float) -> bool:
         return False
     if row.get("event") in _OVERFLOWS:  # numbered by the step that overflowed: the first of all is number 0
         return row["step"] < last_step
-    return row["step"] <= last_step or "split" not in row and row.get("event") != "finished"
+    return row["step"] <= last_step or "split" not in row and row.get("event") not in _WRITTEN_AGAIN

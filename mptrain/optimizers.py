@@ -8,6 +8,8 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import optimizer_check
+from mptrain.dynamic_scale import shared_scalar
+from mptrain.inner_optimizer import change_learning_rate
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.parameter_groups import Group, GroupedOptimizer
 
@@ -100,6 +102,40 @@ def build(config: ConfigDict, total_steps: int, *, scaled: bool) -> LossScaleOpt
         ema_momentum=config.optimizer.ema_momentum or None,
         **options,
     )
+
+
+class Reduced(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule times a factor that changes while training goes on, as when evaluations do not get better any more.
+
+    Args:
+        schedule: a schedule or a constant rate.
+        factor: float32 variable.
+        min_learning_rate: the factor takes the rate no lower; where the schedule itself is below, it stands.
+    """
+
+    def __init__(self, schedule, factor: tf.Variable, min_learning_rate: float):
+        self.schedule = schedule
+        self.factor = factor
+        self.min_learning_rate = min_learning_rate
+
+    def __call__(self, step) -> tf.Tensor:
+        rate = tf.cast(self.schedule(step) if callable(self.schedule) else self.schedule, tf.float32)
+        return tf.maximum(rate * self.factor, tf.minimum(rate, self.min_learning_rate))
+
+
+def learning_rate_factor(config: ConfigDict, optimizer: LossScaleOptimizer) -> tf.Variable | None:
+    """Returns a variable, now 1, that the optimizer's learning rate is multiplied by; None without `config.plateau.metric`.
+
+    Call it in the strategy's scope, before the optimizer is built.
+
+    Raises:
+        InputError: if the optimizer has no learning rate that could be multiplied.
+    """
+    if not config.plateau.metric:
+        return None
+    factor = shared_scalar(1.0, tf.float32, "learning_rate_factor")
+    change_learning_rate(optimizer.inner, lambda rate: Reduced(rate, factor, config.plateau.min_learning_rate))
+    return factor
 
 
 def schedule(config: ConfigDict, total_steps: int) -> Schedule:

@@ -11,9 +11,10 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import config_check, devices, keras_compat, parameter_groups, precision, verify_resume
+from mptrain import config_check, devices, keras_compat, loggers, parameter_groups, precision, verify_resume
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
+from mptrain.continuous_eval import Follower
 from mptrain.errors import InputError, RunError
 from mptrain.metrics_log import MetricsLog, NoLog
 from mptrain.run_folder import RunFolder
@@ -31,25 +32,30 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     Args:
         config: a config made from `mptrain.default_config()`.
         workdir: the run's folder; made if it is not there.
-        mode: "train", "eval" (of the newest checkpoint), "train_and_eval", "verify_resume", "numerics" or "parity" (see
-            there).
+        mode: "train", "eval" (of a checkpoint), "train_and_eval", "continuous_eval", "verify_resume", "numerics" or "parity"
+            (see there).
 
     Returns:
-        The final metrics: those of the last evaluation; in mode "train", of the last loop; in the last three, counts.
+        The final metrics: those of the last evaluation; in mode "train", of the last loop; in the last three, counts. A run
+        that an action ended early returns them as well.
 
     Raises:
         InputError: if config, data or folder cannot be used; nothing was written.
         RunError: if the run failed.
-        StopRun: if a signal ended the run; it was saved.
+        Interrupted: if a signal or `train.time_limit` ended the run; it was saved.
     """
     if mode not in config_lib.MODES:
         raise InputError(f"mode {mode!r} does not exist: write one of {', '.join(config_lib.MODES)}")
     config_check.validate(config)
-    folder = RunFolder(workdir, read_only=mode == "eval")
+    folder = RunFolder(workdir, read_only=mode in ("eval", "continuous_eval"))
     if mode == "verify_resume" and devices.is_multi_worker(config.devices):
         raise InputError("--mode=verify_resume kills and restarts the run on this host: use another devices.strategy for it")
     if mode == "parity" and devices.is_multi_worker(config.devices):
         raise InputError("--mode=parity trains in processes of this host: use another devices.strategy for it")
+    if mode == "continuous_eval" and devices.is_multi_worker(config.devices):
+        raise InputError("--mode=continuous_eval evaluates in one process: use another devices.strategy for it")
+    if mode in _WRITING:
+        loggers.classes(config)  # refuses what is not there before anything is built
     if mode == "verify_resume":
         return verify_resume.verify(config, folder.path / "verify_resume", Console())
     folder.changes(config)  # refuses another run's folder before anything is built
@@ -80,6 +86,9 @@ def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
         _check_shared(folder, trainer.workers)
     changes = folder.changes(trainer.config)  # once more, under the lock: another process may have begun a run meanwhile
     folder.check_precision(trainer.precision.name)
+    if mode == "continuous_eval":
+        console.plan(precision.plan(trainer.model), _notes(trainer, devices.describe(trainer.strategy)))
+        return Follower(trainer, folder, checkpoints, console).run()
     begin = _begin if trainer.workers.is_chief else _follow
     log = begin(trainer, folder, checkpoints, console, mode, changes)
     if mode == "numerics":
@@ -131,9 +140,12 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
     fallbacks = []
     try:
         with trainer.strategy.scope():
-            step = checkpoints.restore_newest(
-                fallbacks.append, put_aside=mode in _WRITING, restart=trainer.config.checkpoint.restart_if_damaged
-            )
+            if mode == "eval" and trainer.config.eval.checkpoint != "newest":
+                step = _restore_chosen(checkpoints, trainer.config.eval.checkpoint)
+            else:
+                step = checkpoints.restore_newest(
+                    fallbacks.append, put_aside=mode in _WRITING, restart=trainer.config.checkpoint.restart_if_damaged
+                )
     except RunError:
         _tell_fallbacks(fallbacks, 0, console, _log(folder, mode, None))
         raise
@@ -147,6 +159,8 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
     if mode in _WRITING:
         folder.create(trainer.config, trainer.precision.name, hardware, plan)
     log = _log(folder, mode, step)
+    if mode in _WRITING:
+        log = loggers.start(log, trainer.config, folder.path, step or 0, console)
     if not folder.writable:
         console.warn(f"{folder.path} cannot be written to: the evaluation is printed and not logged")
     _tell_fallbacks(fallbacks, step or 0, console, log)
@@ -161,6 +175,25 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
             changes={path: list(pair) for path, pair in changes.items()},
         )
     return log
+
+
+def _restore_chosen(checkpoints: Checkpoints, chosen: str | int) -> int:
+    """Restores the checkpoint that `config.eval.checkpoint` names, and returns its step.
+
+    Raises:
+        InputError: if there is none such.
+    """
+    steps = checkpoints.steps()
+    step = checkpoints.best() if chosen == "best" else chosen
+    if step is None:
+        raise InputError(
+            f"config.eval.checkpoint is 'best', and no checkpoint in {checkpoints.directory} is rated: train with"
+            " checkpoint.keep_best, or write one of " + ", ".join(map(str, steps))
+        )
+    if step not in steps:
+        raise InputError(f"config.eval.checkpoint is {step}: write newest, best, or one of {', '.join(map(str, steps))}")
+    checkpoints.restore(step)
+    return step
 
 
 def _log(folder: RunFolder, mode: str, step: int | None) -> MetricsLog | NoLog:

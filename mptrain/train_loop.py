@@ -1,6 +1,7 @@
 """Runs train steps in the graph, from any step on, in pieces of about a second."""
 
 import pathlib
+from collections.abc import Iterator
 
 import tensorflow as tf
 
@@ -35,11 +36,22 @@ class TrainLoop:
 
     def run(self, steps: int) -> None:
         """Runs so many steps; `stop_requested` may end it after any piece of them."""
-        for piece in self._pieces.cut(steps):
-            self._run_piece(piece)
+        run = self._run_marked if self._trainer.marks_steps else self._run_piece
+        for piece in self._window_by_window(steps) if self._trainer.marks_steps else self._pieces.cut(steps):
+            run(piece)
             self._position = int(self._trainer.global_step.numpy())  # which waits for the devices
             if self._trainer.stop_requested():
                 break
+
+    def _window_by_window(self, steps: int) -> Iterator[int]:
+        window = self._trainer.config.optimizer.accumulation_steps
+        for done in range(0, steps, window):
+            yield min(window, steps - done)
+
+    def _run_marked(self, steps: int) -> None:
+        """Runs the loop in the graph under the number of its first step, for a profile."""
+        with tf.profiler.experimental.Trace("train", step_num=self._position, _r=1):
+            self._run_piece(steps)
 
     def _run_piece(self, steps: int) -> None:
         """Runs the loop in the graph; it ends at a skipped step that is looked into, while the weights are still those."""

@@ -17,6 +17,7 @@ from mptrain import (
     durations,
     hardware,
     keras_compat,
+    metric_check,
     model_check,
     optimizers,
     parameter_groups,
@@ -50,6 +51,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         global_step: int64 variable; counts attempted steps, so it is also the number of the next batch.
         randomness: random numbers for the step, functions of (seed, step) and of the replica or the example.
         investigate: looks into skipped steps, where the runner wants that: see `numerics.provenance`.
+        learning_rate_factor: what the schedule's rate is multiplied by, where `config.plateau.metric` is set; else None.
+        marks_steps: whether each step is a call of the graph of its own, with its number, for a profile.
         stop_requested: asked between two pieces of a loop, about once a second, whether to end it there; in all workers alike.
         workers: the processes that train together; one, but under "multi_worker".
 
@@ -72,6 +75,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         workers_check.check_config(self)
         self.stop_requested: Callable[[], bool] = lambda: False
         self.investigate = None
+        self.marks_steps = False
         self._train_loop = TrainLoop(self)
         self._eval_pieces = Pieces(agree=self.workers.largest)
         keras_compat.seed_everything(config.seed)  # also for a shuffle without a seed in a user's dataset
@@ -93,6 +97,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
                 self._create_variables()
             held = self.precision.hold_float32_layers(self.model)
             self.metrics = {"loss": keras.metrics.Mean("loss"), **self._other_metrics()}
+        metric_check.check(config, self.metrics)
         self.randomness.bind(self.model)
         with self._kernels_for(float16=True).scope():  # which only touches what is float16
             own_step = type(self).replica_train_step is not Trainer.replica_train_step
@@ -103,6 +108,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         with self.strategy.scope():
             parameter_groups.check(self.config.optimizer.groups, self.trainable_variables)
             self.optimizer = self.build_optimizer()
+            self.learning_rate_factor = optimizers.learning_rate_factor(config, self.optimizer)
             self.optimizer.build(forward.in_order(self.trainable_variables))
             self.optimizer.check_loss = self._check_loss
             metric_variables = [variable for metric in self.metrics.values() for variable in metric.variables]
@@ -155,6 +161,24 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     def build_optimizer(self) -> LossScaleOptimizer:
         """Returns the optimizer; default: the one that `config.optimizer` describes."""
         return optimizers.build(self.config, self.total_steps, scaled=self.uses_float16)
+
+    def build_actions(self) -> list[Callable[[int, Mapping[str, float]], object]]:
+        """Returns callables `action(step, outputs)` that are called at the end of each loop, eagerly, in every worker.
+
+        `outputs` are what the row of the loop in metrics.jsonl holds. An action that returns True or a reason in words, or
+        raises `mptrain.StopRun(reason)`, ends the run: the step is saved and evaluated, the exit status is 0. What else it
+        raises ends the run as an error, when the step is saved. What it changes in `state` is in the checkpoint of its step.
+        Write files in one worker only: `if self.workers.is_chief`.
+        """
+        return []
+
+    def build_eval_actions(self) -> list[Callable[[int, Mapping[str, float]], object]]:
+        """Returns callables as `build_actions` does, that are called after each evaluation beside training, with its metrics.
+
+        The checkpoint of the step is saved before its evaluation, and a resumed run does not evaluate again what is logged:
+        what such an action changes in `state` a kill may undo.
+        """
+        return []
 
     def replica_train_step(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Trains on one batch; runs in the graph, in each replica.
@@ -247,7 +271,15 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         trainer = {f"trainer/{path}": v for path, v in keras_compat.variables_by_path(beside).items()}
         settled = self.optimizer.state.keys() - self.optimizer.window.keys()
         optimizer = {f"optimizer/{path}": v for path, v in self.optimizer.state.items() if path in settled}
+        if self.learning_rate_factor is not None:
+            optimizer["optimizer/learning_rate_factor"] = self.learning_rate_factor
         return {"step": self.global_step, **model, **trainer, **optimizer}
+
+    @property
+    def weights(self) -> set[str]:
+        """The paths in `state` of the trainable variables."""
+        trained = {id(keras_compat.raw(variable)) for variable in self.trainable_variables}
+        return {path for path, variable in self.state.items() if id(variable) in trained}
 
     def save_position(self, folder: pathlib.Path) -> None:
         """Writes into a checkpoint's folder what the position in the data is, where it is more than the step."""

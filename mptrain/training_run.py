@@ -1,12 +1,12 @@
 """Trains and evaluates, once all parts of a run are there: the loops between two evaluations, the actions, the end."""
 
-import math
+import contextlib
 import time
 
-from mptrain.actions import KeepBest, LogMetrics, OverflowGuard, SaveCheckpoint, ShowProgress, StopOnSignal
+from mptrain import actions
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
-from mptrain.errors import EvaluationStopped, StopRun
+from mptrain.errors import EvaluationStopped, Interrupted, RunError, StopRun, one_line
 from mptrain.loop_length import LoopLength
 from mptrain.metrics_log import MetricsLog
 from mptrain.numerics.provenance import Provenance
@@ -28,43 +28,55 @@ class TrainingRun:
         self._start = time.monotonic()
         self._evaluated = {}  # step -> outputs
         self._loop_length = LoopLength(trainer)
+        self._ending = actions.Ending()
 
     @property
     def _step(self) -> int:
         return int(self._trainer.global_step.numpy())
 
     def run(self, mode: str) -> dict[str, float]:
+        status = "failed"
         try:
-            controller, signals = self._controller(mode)
+            controller = self._controller(mode)
             if mode == "eval":
                 outputs = self._evaluate(controller)
             else:
-                with signals:
+                with self._signals, self._profile:
                     outputs = self._train(controller, evaluate=mode == "train_and_eval")
-        except StopRun as stop:
-            controller.summary_manager.flush()
+            status = "finished"
+        except Interrupted as stop:
+            status = "stopped"
             self._console.stop_progress()
             self._console.line(f"{stop}; go on with the same command and --workdir={self._folder.path}")
             raise
+        except Exception as error:
+            if mode != "eval":
+                with contextlib.suppress(RunError):  # the log itself may be what cannot be written
+                    self._log.event(self._step, "failed", reason=(one_line(error).splitlines() or [type(error).__name__])[0])
+            raise
         finally:
             self._console.stop_progress()
-            self._checkpoints.wait()
-            self._log.close()
+            try:
+                self._checkpoints.wait()
+            finally:
+                self._log.close(status)
         self._close(outputs)
         return outputs
 
-    def _controller(self, mode: str) -> tuple[orbit.Controller, StopOnSignal]:
-        trainer, config = self._trainer, self._trainer.config
-        self._signals = signals = StopOnSignal(trainer, self._checkpoints, self._log, self._console)
-        trainer.stop_requested = signals.agreed
-        if config.numerics.provenance:
+    def _controller(self, mode: str) -> orbit.Controller:
+        trainer = self._trainer
+        parts = (trainer, self._checkpoints, self._log)
+        self._signals = actions.StopOnSignal(*parts, self._console)
+        trainer.stop_requested = self._signals.agreed
+        if trainer.config.numerics.provenance:
             trainer.investigate = Provenance(trainer, self._console, self._log)
-        best = [KeepBest(trainer, self._checkpoints)] if config.checkpoint.keep_best and mode != "eval" else []
         events = self._folder.events if trainer.workers.is_chief else lambda split: None
-        histograms = []
-        if config.numerics.every_steps and mode != "eval":
-            histograms = [Histograms(trainer, events("train"), config.numerics.every_steps, config.numerics.layers)]
-        controller = orbit.Controller(
+        after_loop, after_evaluation = [], []
+        if mode != "eval":
+            self._guard = actions.NanGuard(*parts)
+            self._profile = actions.ProfileWindow(trainer, events("train"), self._console, self._log)
+            after_loop, after_evaluation = self._after_loop(events), self._after_evaluation()
+        return orbit.Controller(
             strategy=trainer.strategy,
             trainer=trainer,
             evaluator=trainer,
@@ -72,45 +84,109 @@ class TrainingRun:
             steps_per_loop=self._steps_to_next_boundary,
             summary_dir=None if mode == "eval" else events("train"),
             eval_summary_dir=events("eval"),
-            train_actions=[
-                LogMetrics(trainer, self._log, "train"),
-                ShowProgress(trainer, self._console),
-                OverflowGuard(trainer),
-                SaveCheckpoint(trainer, self._checkpoints, config.checkpoint.every_steps),
-                *histograms,
-                self._loop_length,
-                signals,
-            ],
-            eval_actions=[*best, LogMetrics(trainer, self._log, "eval"), signals],  # the row says that all of it is done
+            train_actions=self._ending.holding_back(after_loop),
+            eval_actions=self._ending.holding_back(after_evaluation or [actions.LogMetrics(trainer, self._log, "eval")]),
         )
-        return controller, signals
+
+    def _after_loop(self, events) -> list[actions.Action]:
+        """What follows each loop, in order: what may change or refuse the state comes before it is saved."""
+        trainer, config = self._trainer, self._trainer.config
+        histograms = []
+        if config.numerics.every_steps:
+            histograms = [Histograms(trainer, events("train"), config.numerics.every_steps, config.numerics.layers)]
+        return [
+            actions.LogMetrics(trainer, self._log, "train"),
+            actions.ShowProgress(trainer, self._console),
+            actions.OverflowGuard(trainer),
+            self._guard.after_loop,
+            actions.CustomActions(trainer, self._checkpoints, trainer.build_actions()),
+            actions.SaveCheckpoint(trainer, self._checkpoints, config.checkpoint.every_steps),
+            *histograms,
+            self._profile,
+            self._loop_length,
+            self._signals,
+        ]
+
+    def _after_evaluation(self) -> list[actions.Action]:
+        """What follows each evaluation; the row says that the best is saved, and what comes behind it follows from the rows."""
+        trainer, config = self._trainer, self._trainer.config
+        best = [actions.KeepBest(trainer, self._checkpoints)] if config.checkpoint.keep_best else []
+        plateau = [actions.ReduceOnPlateau(trainer, self._log, self._console)] if config.plateau.metric else []
+        self._early_stop = actions.EarlyStop(trainer, self._log) if config.early_stop.metric else None
+        return [
+            *best,
+            actions.LogMetrics(trainer, self._log, "eval"),
+            self._guard.after_evaluation,
+            *plateau,
+            actions.CustomActions(trainer, self._checkpoints, trainer.build_eval_actions()),
+            *([self._early_stop] if self._early_stop else []),
+            self._signals,
+        ]
 
     def _steps_to_next_boundary(self, step: int) -> int:
-        """Loops end at absolute multiples, of the loop and of each interval, wherever a run was resumed."""
+        """Loops end at absolute multiples, of the loop and of each interval, wherever a run was resumed.
+
+        Raises:
+            StopRun: if an action of the loop before asked for it.
+        """
+        self._ending.check()
         config = self._trainer.config
         intervals = (self._loop_length.steps, config.checkpoint.every_steps, config.numerics.every_steps)
-        return min(every - int(step) % every for every in intervals if every)
+        distances = [every - int(step) % every for every in intervals if every]
+        return min(distances + [distance for distance in [self._profile.to_next_border(int(step))] if distance])
 
     def _train(self, controller: orbit.Controller, evaluate: bool) -> dict[str, float]:
-        total = self._trainer.total_steps
-        every = self._trainer.config.eval.every_steps or self._trainer.steps_per_epoch  # which says why nobody knows it
-        if self._step >= total:
-            self._console.line(f"this run is finished: {self._step} of {total} steps are done{'; evaluating it' * evaluate}")
+        total, why = self._trainer.total_steps, ""
+        if evaluate and self._step and self._early_stop:
+            why = self._early_stop.reason
+        if self._step >= total or why:
+            done = f"this run is finished: {self._step} of {total} steps are done"
+            self._console.line(f"{done}{f', {why}' * bool(why)}{'; evaluating it' * evaluate}")
+            if why:
+                self._log.event(self._step, "finished", reason=why)
             return self._evaluate(controller) if evaluate else self._log.last_loop
+        if not evaluate and (names := [name for name in ("early_stop", "plateau") if self._trainer.config[name].metric]):
+            self._console.warn(f"--mode=train does not evaluate, so config.{' and config.'.join(names)} cannot act")
         self._console.start_progress(self._step, total)
+        try:
+            self._train_to(total, controller, evaluate)
+        except Interrupted:
+            raise
+        except StopRun as stop:
+            why = str(stop)
+        self._guard.check_end()
+        self._checkpoints.save(self._step, self._trainer.save_position)
+        self._checkpoints.wait()
+        self._console.stop_progress()
+        if why:
+            self._console.line(f"ended at step {self._step} of {total}, saved: {why}")
+        self._log.event(self._step, "finished", **({"reason": why} if why else {}))
+        return self._last_evaluation(controller) if evaluate else self._trainer.train_loop_end()
+
+    def _train_to(self, total: int, controller: orbit.Controller, evaluate: bool) -> None:
+        every = self._trainer.config.eval.every_steps or self._trainer.steps_per_epoch  # which says why nobody knows it
         missing = self._trainer.workers.is_chief and not self._log.has_evaluation(self._step)
         if evaluate and self._step and self._step % every == 0 and self._trainer.workers.largest(missing):
             self._evaluate(controller)  # which the killed process did not come to
         while self._step < total:
+            self._ending.check()
             next_evaluation = (self._step // every + 1) * every if evaluate else total
             controller.train(min(next_evaluation, total), checkpoint_at_completion=False)
+            self._ending.check()
             if evaluate and self._step % every == 0:
                 self._evaluate(controller)
-        self._checkpoints.save(self._step, self._trainer.save_position)
-        self._checkpoints.wait()
-        self._console.stop_progress()
-        self._log.event(self._step, "finished")
-        return self._evaluate(controller) if evaluate else self._trainer.train_loop_end()
+        self._ending.check()
+
+    def _last_evaluation(self, controller: orbit.Controller) -> dict[str, float]:
+        """Evaluates a run that has ended already, which only an `Interrupted` can still cut short."""
+        outputs = self._evaluate(controller)
+        try:
+            self._ending.check()
+        except Interrupted:
+            raise
+        except StopRun:
+            pass
+        return outputs
 
     def _evaluate(self, controller: orbit.Controller) -> dict[str, float]:
         if self._step not in self._evaluated:
@@ -129,8 +205,18 @@ class TrainingRun:
         self._console.closing(
             {
                 **outputs,
+                **self._best(),
                 "steps": f"{self._step:,} ({int(optimizer.applied_steps):,} applied, {int(optimizer.skipped_steps):,} skipped)",
                 "wall time": f"{time.monotonic() - self._start:.1f} s",
                 "folder": str(self._folder.path),
             }
         )
+
+    def _best(self) -> dict[str, str]:
+        keep = self._trainer.config.checkpoint
+        step = self._checkpoints.best() if keep.keep_best else None
+        if step is None:
+            return {}
+        value = self._log.evaluations.get(step, {}).get(keep.best_metric)
+        shown = "" if value is None else f" ({keep.best_metric} {value:.4g})"
+        return {"best": f"{self._checkpoints.path(step)}{shown}"}

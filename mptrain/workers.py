@@ -71,6 +71,10 @@ class Workers:
         """Returns the largest of all workers' values; all must call it."""
         return float(self.gather(value).max())
 
+    def of_chief(self, value: float) -> float:
+        """Returns the chief's value; all must call it."""
+        return float(self.gather(value)[0, 0])
+
     def check_same(self, values: Mapping[str, object]) -> None:
         """Checks that all workers were given the same; all must call it.
 
