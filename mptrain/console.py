@@ -132,16 +132,16 @@ class Console:
 
 
 def _one_line(outputs: Mapping[str, float]) -> str:
-    shown = {name: value for name, value in outputs.items() if name not in _HIDDEN}
+    shown = {name: value for name, value in outputs.items() if name.rpartition("/")[2] not in _HIDDEN}
     return "  ".join(f"{_short(name)} {_number(name, value)}" for name, value in shown.items())
 
 
 def _short(name: str) -> str:
-    return {"examples_per_second": "ex/s", "loss_scale": "scale"}.get(name, name)
+    return {"examples_per_second": "ex/s"}.get(name, name.replace("loss_scale", "scale"))
 
 
 def _number(name: str, value: float) -> str:
-    if isinstance(value, int) or name in _INTEGERS and value == value:
+    if isinstance(value, int) or name.rpartition("/")[2] in _INTEGERS and value == value:
         return f"{value:,.0f}"
     return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
 

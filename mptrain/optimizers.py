@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule from a config."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import keras
 import tensorflow as tf
@@ -123,18 +123,19 @@ class Reduced(keras.optimizers.schedules.LearningRateSchedule):
         return tf.maximum(rate * self.factor, tf.minimum(rate, self.min_learning_rate))
 
 
-def learning_rate_factor(config: ConfigDict, optimizer: LossScaleOptimizer) -> tf.Variable | None:
-    """Returns a variable, now 1, that the optimizer's learning rate is multiplied by; None without `config.plateau.metric`.
+def learning_rate_factor(config: ConfigDict, trained_by: Iterable[LossScaleOptimizer]) -> tf.Variable | None:
+    """Returns a variable, now 1, that the optimizers' learning rates are multiplied by; None without `config.plateau.metric`.
 
-    Call it in the strategy's scope, before the optimizer is built.
+    Call it in the strategy's scope, before the optimizers are built.
 
     Raises:
-        InputError: if the optimizer has no learning rate that could be multiplied.
+        InputError: if one has no learning rate that could be multiplied.
     """
     if not config.plateau.metric:
         return None
     factor = shared_scalar(1.0, tf.float32, "learning_rate_factor")
-    change_learning_rate(optimizer.inner, lambda rate: Reduced(rate, factor, config.plateau.min_learning_rate))
+    for optimizer in trained_by:
+        change_learning_rate(optimizer.inner, lambda rate: Reduced(rate, factor, config.plateau.min_learning_rate))
     return factor
 
 

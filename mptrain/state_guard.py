@@ -4,34 +4,45 @@ A forward pass that overflows writes inf into BatchNorm's moving statistics, whe
 fine, evaluation is NaN. Keras 2, Keras 3, PyTorch and Flax all keep it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import tensorflow as tf
 
 from mptrain import keras_compat
 from mptrain.loss_scale import LossScaleOptimizer
+from mptrain.several_optimizers import Optimizers
 
 
 class StateGuard(tf.Module):
     """Puts variables back to what they were where the step, or the accumulation window, was skipped.
 
+    Of several optimizers a skipped one puts back the statistics in its own part of the model; the others, and what is local,
+    go back where any of them skipped.
+
     Args:
-        optimizer: tells where windows start.
+        optimizer: tells where windows start, and which part of the model is whose.
         statistics: variables that are averaged over the replicas after each step, so that all of them hold the same.
         local: variables of which each replica has its own, such as those of metrics.
     """
 
-    def __init__(self, optimizer: LossScaleOptimizer, statistics: Iterable, local: Iterable = ()):
+    def __init__(self, optimizer: LossScaleOptimizer | Optimizers, statistics: Iterable, local: Iterable = ()):
         super().__init__(name="state_guard")
         self._optimizer = optimizer
         self._statistics = [keras_compat.raw(variable) for variable in statistics]
         self._local = [keras_compat.raw(variable) for variable in local]
+        self._owners = [None] * len(self._statistics + self._local)
+        if isinstance(optimizer, Optimizers):
+            self._owners = [optimizer.owner(variable) for variable in self._statistics + self._local]
         self._saved = None
         if optimizer.accumulation_steps > 1:  # a window outlives the step, so what it began with must be a variable
             self._saved = [_copy(variable) for variable in self._statistics + self._local]
 
-    def __call__(self, step: Callable[[], tf.Tensor]) -> tf.Tensor:
-        """Runs `step` in a replica and returns what it returned: whether nothing was skipped, a bool scalar."""
+    def __call__(self, step: Callable[[], tf.Tensor | Mapping[str, tf.Tensor]]) -> tf.Tensor | Mapping[str, tf.Tensor]:
+        """Runs `step` in a replica and returns what it returned.
+
+        Args:
+            step: returns whether nothing was skipped, a bool scalar; with several optimizers {name: bool scalar}.
+        """
         variables = self._statistics + self._local
         before = [tf.identity(variable) for variable in variables]
         if self._saved:
@@ -42,8 +53,10 @@ class StateGuard(tf.Module):
         own = [tf.identity(variable) for variable in self._statistics]
         applied = step()
         after = _averaged(self._statistics, own) + [tf.identity(variable) for variable in self._local]
-        for variable, old, new in zip(variables, before, after, strict=True):
-            variable.assign(tf.where(applied, new, old))
+        verdicts = applied if isinstance(applied, Mapping) else {"": applied}
+        everything = tf.reduce_all(list(verdicts.values()))
+        for variable, owner, old, new in zip(variables, self._owners, before, after, strict=True):
+            variable.assign(tf.where(verdicts.get(owner, everything), new, old))
         return applied
 
 

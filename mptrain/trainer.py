@@ -29,6 +29,7 @@ from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.orbit_import import orbit
 from mptrain.pieces import Pieces
 from mptrain.randomness import StepRandomness
+from mptrain.several_optimizers import Optimizers, by_name, telemetry
 from mptrain.state_guard import StateGuard
 from mptrain.train_loop import TrainLoop
 from mptrain.workers import Workers
@@ -43,7 +44,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         strategy: the `tf.distribute.Strategy` whose replicas share each global batch.
         precision: the casts of this run.
         model: what `build_model` returned.
-        optimizer: a `LossScaleOptimizer`.
+        optimizer: a `LossScaleOptimizer`, or several: `Optimizers`.
         metrics: name -> Keras metric, "loss" among them.
         train_source: the training examples.
         training_batches: the stream of batches of them.
@@ -108,9 +109,10 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         with self.strategy.scope():
             parameter_groups.check(self.config.optimizer.groups, self.trainable_variables)
             self.optimizer = self.build_optimizer()
-            self.learning_rate_factor = optimizers.learning_rate_factor(config, self.optimizer)
+            self.learning_rate_factor = optimizers.learning_rate_factor(config, self.optimizers.values())
             self.optimizer.build(forward.in_order(self.trainable_variables))
-            self.optimizer.check_loss = self._check_loss
+            for each in self.optimizers.values():
+                each.check_loss = self._check_loss
             metric_variables = [variable for metric in self.metrics.values() for variable in metric.variables]
             self._guard = StateGuard(self.optimizer, keras_compat.statistics(self.model), metric_variables)
 
@@ -150,6 +152,14 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         """Returns metrics beside the loss; each is updated with batch["targets"] and the outputs."""
         return {}
 
+    def pictures(self) -> dict[str, tf.Tensor]:
+        """Returns pictures for TensorBoard's "eval", name -> [height, width, channels], float in [0, 1] or uint8.
+
+        In the graph, outside of replicas, after each evaluation and with the weights that were evaluated. `mptrain.grid` puts
+        images side by side.
+        """
+        return {}
+
     def build_source(self, split: str):
         """Returns the examples of the split "train" or "eval"; default: those that `config.data` names.
 
@@ -158,8 +168,11 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         """
         return data.load(self.config.data, split)
 
-    def build_optimizer(self) -> LossScaleOptimizer:
-        """Returns the optimizer; default: the one that `config.optimizer` describes."""
+    def build_optimizer(self) -> LossScaleOptimizer | Optimizers:
+        """Returns the optimizer, or several as `mptrain.Optimizers`; default: the one that `config.optimizer` describes.
+
+        Called once, in the strategy's scope, when the model is there.
+        """
         return optimizers.build(self.config, self.total_steps, scaled=self.uses_float16)
 
     def build_actions(self) -> list[Callable[[int, Mapping[str, float]], object]]:
@@ -180,15 +193,15 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         """
         return []
 
-    def replica_train_step(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    def replica_train_step(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor | Mapping[str, tf.Tensor]:
         """Trains on one batch; runs in the graph, in each replica.
 
         Args:
             batch: this replica's share of the global batch.
 
         Returns:
-            Whether the step was applied, a bool scalar. Where it was not, everything that the step has changed in the
-            model and the metrics is put back by the caller.
+            Whether the step was applied, a bool scalar; with several optimizers {name: bool scalar}. Where it was not,
+            everything that the step has changed in the model and the metrics is put back by the caller (see `Optimizers`).
         """
         batch = self.augment(batch)
         with tf.GradientTape() as tape:
@@ -248,6 +261,11 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         return keras_compat.trainable_variables(self.model)
 
     @property
+    def optimizers(self) -> dict[str, LossScaleOptimizer]:
+        """name -> optimizer; an only one is called ""."""
+        return by_name(self.optimizer)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps in which every training example is seen once, rounded up."""
         return math.ceil(len(self.train_source) / self.config.data.batch_size)
@@ -294,7 +312,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     def train_loop_begin(self) -> None:
         self._train_loop.open()
         self._reset_metrics()
-        self._loop_start = (int(self.global_step.numpy()), time.perf_counter(), int(self.optimizer.applied_steps))
+        self._loop_start = (int(self.global_step.numpy()), time.perf_counter(), self._applied())
 
     def train(self, num_steps: tf.Tensor) -> dict[str, float]:
         """Runs one loop in the graph, in pieces of about a second; `stop_requested` may end it after any of them."""
@@ -313,17 +331,11 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         outputs = self._metric_results()
         step = int(self.global_step.numpy())
         first, start, applied = self._loop_start
-        if int(self.optimizer.applied_steps) == applied:  # every step was skipped: there is nothing to take a mean of
+        if any(now == before for now, before in zip(self._applied(), applied, strict=True)):
+            # Every step was skipped, by all optimizers or by one of several: there is nothing to take a mean of.
             outputs = dict.fromkeys(outputs, float("nan"))
-        if (rate := self.optimizer.learning_rate) is not None:
-            outputs["learning_rate"] = float(rate)
-        return outputs | {
-            "loss_scale": float(self.optimizer.loss_scale),
-            "gradient_norm": float(self.optimizer.gradient_norm),
-            "applied_steps": int(self.optimizer.applied_steps),
-            "skipped_steps": int(self.optimizer.skipped_steps),
-            "examples_per_second": (step - first) * self.config.data.batch_size / (time.perf_counter() - start),
-        }
+        rate = (step - first) * self.config.data.batch_size / (time.perf_counter() - start)
+        return outputs | telemetry(self.optimizer) | {"examples_per_second": rate}
 
     def eval_begin(self) -> None:
         if self.eval_dataset is None:
@@ -397,6 +409,13 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
                 f"{type(self).__name__}.replica_train_step() returns nothing: end it with `return applied`, what"
                 " optimizer.apply_gradients() returned"
             )
+        if isinstance(self.optimizer, Optimizers) and not (
+            isinstance(applied, Mapping) and applied.keys() == self.optimizers.keys()
+        ):
+            raise InputError(
+                f"{type(self).__name__}.replica_train_step() returns {applied!r}: return {{name: applied}}, what"
+                f" apply_gradients() of each optimizer returned, for {' and '.join(self.optimizers)}"
+            )
         return applied
 
     def _per_example(self, losses: tf.Tensor) -> tf.Tensor:
@@ -407,6 +426,9 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         if "loss" in metrics:
             raise InputError(f"{type(self).__name__}.build_metrics() returns a metric 'loss': give it another name")
         return metrics
+
+    def _applied(self) -> list[int]:
+        return [int(optimizer.applied_steps) for optimizer in self.optimizers.values()]
 
     def _reset_metrics(self) -> None:
         for metric in self.metrics.values():

@@ -35,9 +35,9 @@ class ReduceOnPlateau:
         count = self._reductions()
         if count == self._count:
             return
-        before, self._count = float(self._trainer.optimizer.learning_rate), count
+        before, self._count = self._rate(), count
         self._assign()
-        step, rate = int(self._trainer.global_step.numpy()), float(self._trainer.optimizer.learning_rate)
+        step, rate = int(self._trainer.global_step.numpy()), self._rate()
         if rate == before:  # it is at plateau.min_learning_rate
             return
         self._log.event(step, "plateau", learning_rate=rate, factor=float(self._trainer.learning_rate_factor.numpy()))
@@ -45,6 +45,10 @@ class ReduceOnPlateau:
             f"step {step}: {self._metric} has not improved in {self._settings.patience} evaluations; learning rate"
             f" {before:.3g} -> {rate:.3g}"
         )
+
+    def _rate(self) -> float:
+        """The learning rate; of several optimizers the highest."""
+        return max(float(optimizer.learning_rate) for optimizer in self._trainer.optimizers.values())
 
     def _reductions(self) -> int:
         ratings = (self._sign * outputs.get(self._metric, math.nan) for outputs in self._log.evaluations.values())

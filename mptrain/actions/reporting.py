@@ -19,25 +19,29 @@ class LogMetrics:
         self._trainer = trainer
         self._log = log
         self._split = split
-        self._skipped = int(trainer.optimizer.skipped_steps)
+        self._skipped = {name: int(optimizer.skipped_steps) for name, optimizer in trainer.optimizers.items()}
 
     def __call__(self, outputs: Mapping[str, float]) -> None:
-        step = int(self._trainer.global_step.numpy())
-        skipped = outputs.get("skipped_steps", self._skipped)
-        skips = self._trainer.optimizer.skips(self._skipped, skipped)
-        if skips and len(skips) < skipped - self._skipped:
-            self._log.event(self._last_step(skips[0]), "overflows_forgotten", count=skipped - self._skipped - len(skips))
+        for name, before in self._skipped.items():
+            self._skipped[name] = outputs.get(f"{name}/skipped_steps".lstrip("/"), before)
+            self._log_skips(name, before, self._skipped[name])
+        self._log.row(int(self._trainer.global_step.numpy()), self._split, outputs)
+
+    def _log_skips(self, name: str, before: int, skipped: int) -> None:
+        skips = self._trainer.optimizers[name].skips(before, skipped)
+        whose = {"optimizer": name} if name else {}
+        if skips and len(skips) < skipped - before:
+            self._log.event(self._last_step(skips[0]), "overflows_forgotten", **whose, count=skipped - before - len(skips))
         for skip in skips:
             self._log.event(
                 self._last_step(skip),
                 "overflow",
+                **whose,
                 loss_scale=skip.loss_scale,
                 loss_finite=skip.loss_finite,
                 layer=skip.layer,
                 variables=skip.variables,
             )
-        self._skipped = skipped
-        self._log.row(step, self._split, outputs)
 
     def _last_step(self, skip: Skip) -> int:
         return (skip.update + 1) * self._trainer.optimizer.accumulation_steps - 1

@@ -53,7 +53,7 @@ class Collector:
         self._trainer = trainer
         self._reference_every = reference_every if trainer.precision.name != "float32" else 0
         self._own, self._reference = Probe(trainer, applied=True), Probe(trainer, reference=True)
-        self._skipped = int(trainer.optimizer.skipped_steps)
+        self._skipped = {name: int(optimizer.skipped_steps) for name, optimizer in trainer.optimizers.items()}
         self._batches = trainer.training_batches.open(step)
         self.found = Collection(step)
 
@@ -63,7 +63,8 @@ class Collector:
         for _ in range(steps):
             self._step(next(self._batches), float(optimizer.loss_scale), int(optimizer.applied_steps))
             on_step(self.found.steps)
-        self.found.skips = optimizer.skips(self._skipped, int(optimizer.skipped_steps))
+        for name, each in self._trainer.optimizers.items():
+            self.found.skips += each.skips(self._skipped[name], int(each.skipped_steps))
         return self.found
 
     def _step(self, batch, scale: float, applied: int) -> None:

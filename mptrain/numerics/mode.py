@@ -88,10 +88,11 @@ def _twin(config: ConfigDict, build, start: dict, advice: Advice | None = None):
     twin = build(config)
     scaled = twin.config.loss_scale.initial_scale
     for path, variable in twin.state.items():
-        if path in start and path != "optimizer/loss_scale/loss_scale":
+        if path in start and not path.endswith("/loss_scale/loss_scale"):
             variable.assign(start[path])
     if twin.uses_float16:
-        twin.optimizer.state["loss_scale/loss_scale"].assign(scaled)
+        for optimizer in twin.optimizers.values():
+            optimizer.state["loss_scale/loss_scale"].assign(scaled)
     return twin
 
 

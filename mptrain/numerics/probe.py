@@ -59,13 +59,13 @@ class Probe:
         self._recorder = Recorder(trainer, dry=not applied)
         self._step = tf.function(self._traced)
 
-    def __call__(self, batch, *, step: int | None = None, loss_scale: float | None = None) -> Sight:
+    def __call__(self, batch, *, step: int | None = None, loss_scale: float | Mapping[str, float] | None = None) -> Sight:
         """Computes one step.
 
         Args:
             batch: a worker's share of a global batch.
             step: its number, from which its randomness follows; default: the trainer's. Of a step that is not applied.
-            loss_scale: default: the optimizer's. Of a step that is not applied.
+            loss_scale: of all optimizers, or name -> loss scale; default: their own. Of a step that is not applied.
         """
         with contextlib.ExitStack() as stack:
             for context in (self._precision(), self._kernels().scope()):
@@ -76,11 +76,16 @@ class Probe:
             if step is not None:
                 self._trainer.global_step.assign(step)
             if loss_scale is not None:
-                self._trainer.optimizer.state["loss_scale/loss_scale"].assign(loss_scale)
+                self._set_loss_scale(loss_scale)
             counts, largest, scales, gradients = function(batch)
         largest = self._trainer.workers.gather(*largest.numpy()).max(axis=0).astype(np.float32)
         gradients = {path: gradient.numpy() for path, gradient in gradients.items()}
         return Sight(self._recorder.sites, counts.numpy(), largest, scales.numpy(), gradients)
+
+    def _set_loss_scale(self, scale: float | Mapping[str, float]) -> None:
+        scales = scale if isinstance(scale, Mapping) else dict.fromkeys(self._trainer.optimizers, scale)
+        for name, value in scales.items():
+            self._trainer.optimizers[name].state["loss_scale/loss_scale"].assign(value)
 
     def _traced(self, batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]:
         strategy = self._trainer.strategy

@@ -86,11 +86,12 @@ class Provenance:
 
     def __call__(self) -> None:
         """Looks into the update that was skipped last; called before another one is applied."""
-        count = int(self._trainer.optimizer.skipped_steps)
-        [skip] = self._trainer.optimizer.skips(count - 1, count)
+        name = next(name for name, each in self._trainer.optimizers.items() if int(each.consecutive_skips))
+        count = int(self._trainer.optimizers[name].skipped_steps)
+        [skip] = self._trainer.optimizers[name].skips(count - 1, count)
         self._done, self._last = self._done + 1, time.monotonic()
         try:
-            origin = self.origin(skip)
+            origin = self.origin(skip, name)
         except Exception as error:  # of the user's step, traced once more: a look at a run must never end it
             self._done, self._last = _AT_ONCE, math.inf
             reason = (one_line(error).splitlines() or [type(error).__name__])[-1]
@@ -110,25 +111,30 @@ class Provenance:
             variables=list(origin.variables),
         )
 
-    def origin(self, skip: Skip) -> Origin | None:
-        """Computes the steps of the update that was skipped just now again; None where nothing in them is seen to overflow."""
+    def origin(self, skip: Skip, optimizer: str = "") -> Origin | None:
+        """Computes the steps of the update that was skipped just now again; None where nothing in them is seen to overflow.
+
+        Args:
+            skip: what is known of it.
+            optimizer: the name of the one that skipped it. What others have applied in that step meanwhile stays.
+        """
         end, window = int(self._trainer.global_step.numpy()), self._trainer.optimizer.accumulation_steps
         batches = self._trainer.training_batches.read(end - window)
         for step in range(end - window, end):
             batch = next(batches)
-            sight = self._own(batch, step=step, loss_scale=skip.loss_scale)
+            sight = self._own(batch, step=step, loss_scale={optimizer: skip.loss_scale})
             if (site := first_nonfinite(sight)) is not None:
                 rows = zip(sight.sites, sight.counts, strict=True)
                 bad = tuple(other.path for other, row in rows if other.kind == WEIGHT and row[1])
-                largest = self._largest(site, batch, step, skip.loss_scale)
+                largest = self._largest(site, batch, step, optimizer, skip.loss_scale)
                 return Origin(step, site, skip.loss_scale, largest, bad, skip.loss_finite)
         return None
 
-    def _largest(self, site: Site, batch, step: int, scale: float) -> float | None:
+    def _largest(self, site: Site, batch, step: int, optimizer: str, scale: float) -> float | None:
         """Returns how large the values of a site are where they do not overflow."""
         if site.kind == OUTPUT:
-            return _largest(site, self._reference(batch, step=step, loss_scale=scale))
-        lower = _largest(site, self._own(batch, step=step, loss_scale=scale * _LOWER))
+            return _largest(site, self._reference(batch, step=step, loss_scale={optimizer: scale}))
+        lower = _largest(site, self._own(batch, step=step, loss_scale={optimizer: scale * _LOWER}))
         return lower and lower / _LOWER
 
 

@@ -152,7 +152,9 @@ class Recorder:
     def _enter(self, original: Callable, scope: tf.name_scope) -> str:
         name = original(scope)
         if self._is_here() and not self._calls.running:
-            self._trace.scopes[name.removeprefix(self._trace.prefix).rstrip("/")] = name
+            path = name.removeprefix(self._trace.prefix).rstrip("/")
+            if path:  # the replica's own scope is entered anew where replicas part again, after an update that all took
+                self._trace.scopes[path] = name
         return name
 
     def _scaled(self, original: Callable, optimizer: LossScaleOptimizer, loss) -> tf.Tensor:

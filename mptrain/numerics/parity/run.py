@@ -27,7 +27,7 @@ REFERENCE = "float32"
 _TIMED_LOOPS = 3
 _TIMED_SHARE = 1 / 8  # of the steps, in each of these loops
 # What a run that scales its loss takes from a start that scaled its own, and only then.
-_SCALING = tuple(f"optimizer/loss_scale/{name}" for name in ("loss_scale", "applied_in_a_row", "hysteresis_left"))
+_SCALING = tuple(f"/loss_scale/{name}" for name in ("loss_scale", "applied_in_a_row", "hysteresis_left"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Schedule:
 def write_start(trainer, folder: pathlib.Path) -> None:
     """Writes the state from which every precision starts to `folder`/start."""
     (folder / "start").mkdir(parents=True)
-    state = {path: v.numpy() for path, v in trainer.state.items() if trainer.uses_float16 or path not in _SCALING}
+    state = {path: v.numpy() for path, v in trainer.state.items() if trainer.uses_float16 or not path.endswith(_SCALING)}
     tensor_file.write(folder / "start", state)
 
 
@@ -116,7 +116,7 @@ def train(build: Callable, config: ConfigDict, folder: pathlib.Path, precision: 
 def _started(build: Callable, config: ConfigDict, start: Mapping[str, np.ndarray]):
     trainer = build(config)
     for path, variable in trainer.state.items():
-        if path in start and (trainer.uses_float16 or path not in _SCALING):
+        if path in start and (trainer.uses_float16 or not path.endswith(_SCALING)):
             variable.assign(start[path])
     return trainer
 
