@@ -37,6 +37,12 @@ setup(
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.21"],
         "kubernetes": ["kubernetes"],  # for devices.cluster="kubernetes"
+        "mlflow": [
+            "alembic",
+            "mlflow-skinny>=3",
+            "sqlalchemy",
+        ],  # for config.log.loggers; the last two for a store of one's own
+        "wandb": ["wandb>=0.20"],
         "tfds": ["array-record", "tensorflow-datasets"],
         "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "selenium"],
     },

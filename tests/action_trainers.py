@@ -1,6 +1,7 @@
 """Small Trainers whose losses and evaluations follow a script in config.model, and actions of their own."""
 
 import pathlib
+import time
 
 import tensorflow as tf
 import tf_keras
@@ -64,3 +65,10 @@ class ActingTrainer(ModuleTrainer):
 class TfKerasOptimizerTrainer(ScriptedTrainer):
     def build_optimizer(self):
         return mptrain.LossScaleOptimizer(tf_keras.optimizers.SGD(0.1))
+
+
+class PacedTrainer(ModuleTrainer):
+    """Takes half a second more for each loop."""
+
+    def build_actions(self):
+        return [lambda step, outputs: time.sleep(0.5)]

@@ -32,7 +32,7 @@ class WandbLogger(Logger):
         run.remember("wandb", self._run.id)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        self.where = self._run.url or f"offline, in {self._run.dir}"
+        self.where = f"offline, in {run.folder / 'wandb'}" if self._run.offline else self._run.url
 
     def row(self, step: int, split: str, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **{f"{split}/{name}": value for name, value in values.items()}})
