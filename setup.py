@@ -41,7 +41,7 @@ setup(
             "alembic",
             "mlflow-skinny>=3",
             "sqlalchemy",
-        ],  # for config.log.loggers; the last two for a store of one's own
+        ],  # the others are for a store without a server
         "wandb": ["wandb>=0.20"],
         "tfds": ["array-record", "tensorflow-datasets"],
         "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "selenium"],

@@ -72,3 +72,10 @@ class PacedTrainer(ModuleTrainer):
 
     def build_actions(self):
         return [lambda step, outputs: time.sleep(0.5)]
+
+
+class OneWorkerActsTrainer(ActingTrainer):
+    """Only the second worker's action does what it is told."""
+
+    def act(self, step, outputs):
+        return super().act(step, outputs) if self.workers.index == 1 else None

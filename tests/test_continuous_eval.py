@@ -9,17 +9,35 @@ import tensorflow as tf
 
 from mptrain import InputError, RunError, run, tensor_file
 from mptrain.continuous_eval import LogTail
-from tests.runs import launch, rows
+from tests.runs import launch, rows, tiny_config
 
 
 @pytest.fixture
-def small(config):
-    """A run with a checkpoint every two steps that does not evaluate itself."""
+def small():
+    """A run of 12 steps with a checkpoint every two of them, that does not evaluate itself."""
+    return small_config()
+
+
+def small_config():
+    config = tiny_config()
     config.trainer = "tests.trainers.ModuleTrainer"
-    config.train.steps_per_loop = 2
+    config.train.update(steps=12, steps_per_loop=2)
     config.checkpoint.update(every_steps=2, keep=10)
     config.eval.timeout = 1.0
     return config
+
+
+@pytest.fixture(scope="module")
+def once_trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run(small_config(), folder, "train")
+    return folder
+
+
+@pytest.fixture
+def folder(once_trained, tmp_path):
+    """The folder of such a run, at its end."""
+    return shutil.copytree(once_trained, tmp_path / "run")
 
 
 def evaluated(folder):
@@ -77,20 +95,18 @@ def test_ctrl_c_ends_a_follower_that_waits_and_leaves_nothing(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_run_that_has_ended_is_evaluated_in_order_and_as_mode_eval_does(small, tmp_path):
-    run(small, tmp_path, "train")
-    outputs = run(small, tmp_path, "continuous_eval")
-    assert evaluated(tmp_path) == [2, 4, 6, 8, 10, 12]
-    assert run(small, tmp_path, "eval") == outputs
-    assert run(small, tmp_path, "continuous_eval") == {}
+def test_run_that_has_ended_is_evaluated_in_order_and_as_mode_eval_does(small, folder):
+    outputs = run(small, folder, "continuous_eval")
+    assert evaluated(folder) == [2, 4, 6, 8, 10, 12]
+    assert run(small, folder, "eval") == outputs
+    assert run(small, folder, "continuous_eval") == {}
 
 
-def test_follower_that_lags_takes_the_newest_first_and_ends_without_news(small, tmp_path, capsys):
-    run(small, tmp_path, "train")
-    unfinish(tmp_path)
-    outputs = run(small, tmp_path, "continuous_eval")
-    assert evaluated(tmp_path) == [10, 8, 6, 4, 2]
-    assert outputs["loss"] == rows(tmp_path, split="eval")[0]["loss"]
+def test_follower_that_lags_takes_the_newest_first_and_ends_without_news(small, folder, capsys):
+    unfinish(folder)
+    outputs = run(small, folder, "continuous_eval")
+    assert evaluated(folder) == [10, 8, 6, 4, 2]
+    assert outputs["loss"] == rows(folder, split="eval")[0]["loss"]
     assert "no news of the run for 1 s (config.eval.timeout), though it has not finished" in capsys.readouterr().err
 
 
@@ -103,8 +119,7 @@ def test_run_that_was_ended_early_has_ended(small, tmp_path):
     assert evaluated(tmp_path / "run") == [2, 4, 6]
 
 
-def test_checkpoint_that_is_removed_while_it_is_read_is_passed_over(small, tmp_path, monkeypatch, capsys):
-    run(small, tmp_path, "train")
+def test_checkpoint_that_is_removed_while_it_is_read_is_passed_over(small, folder, monkeypatch, capsys):
     read = tensor_file.read
 
     def removed(path):
@@ -113,16 +128,15 @@ def test_checkpoint_that_is_removed_while_it_is_read_is_passed_over(small, tmp_p
         return read(path)
 
     monkeypatch.setattr(tensor_file, "read", removed)
-    run(small, tmp_path, "continuous_eval")
-    assert evaluated(tmp_path) == [2, 6, 8, 10, 12]
+    run(small, folder, "continuous_eval")
+    assert evaluated(folder) == [2, 6, 8, 10, 12]
     assert "damaged" not in capsys.readouterr().err
 
 
-def test_damaged_checkpoint_is_told_of_and_passed_over(small, tmp_path, capsys):
-    run(small, tmp_path, "train")
-    (tmp_path / "checkpoints" / "ckpt-4" / "state.index").write_bytes(b"")
-    run(small, tmp_path, "continuous_eval")
-    assert evaluated(tmp_path) == [2, 6, 8, 10, 12]
+def test_damaged_checkpoint_is_told_of_and_passed_over(small, folder, capsys):
+    (folder / "checkpoints" / "ckpt-4" / "state.index").write_bytes(b"")
+    run(small, folder, "continuous_eval")
+    assert evaluated(folder) == [2, 6, 8, 10, 12]
     assert capsys.readouterr().err.count("ckpt-4 is damaged and passed over") == 1
 
 
@@ -132,11 +146,10 @@ def test_nothing_to_follow_is_one_line_and_makes_no_folder(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_folder_of_another_run_is_refused(small, tmp_path):
-    run(small, tmp_path, "train")
+def test_folder_of_another_run_is_refused(small, folder):
     small.optimizer.learning_rate = 0.5
-    with pytest.raises(InputError, match="holds another run: config.optimizer.learning_rate was 0.01 and is 0.5"):
-        run(small, tmp_path, "continuous_eval")
+    with pytest.raises(InputError, match="holds another run: config.optimizer.learning_rate was 0.001 and is 0.5"):
+        run(small, folder, "continuous_eval")
 
 
 def test_log_is_read_as_it_grows_and_anew_where_a_resumed_run_has_written_it_anew(tmp_path):
