@@ -62,7 +62,7 @@ def trace(model: Callable, loss: Callable, batch) -> Forward:
         loss(batch, outputs)
 
     concrete = tf.function(forward).get_concrete_function(batch)
-    return Forward(dtypes=_dtypes(_all_nodes(concrete.graph)), read=concrete.captured_inputs, **seen)
+    return Forward(dtypes=dtypes(all_nodes(concrete.graph)), read=concrete.captured_inputs, **seen)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -111,12 +111,12 @@ def dtype_on_the_way(losses: tf.Tensor, outputs) -> tf.DType | None:
     return None
 
 
-def _dtypes(nodes: Iterable[node_def_pb2.NodeDef]) -> frozenset[tf.DType]:
+def dtypes(nodes: Iterable[node_def_pb2.NodeDef]) -> frozenset[tf.DType]:
     values = [value for node in nodes for value in node.attr.values()]
     return frozenset(tf.as_dtype(number) for value in values for number in (value.type, *value.list.type) if number)
 
 
-def _all_nodes(graph: tf.Graph) -> list[node_def_pb2.NodeDef]:
+def all_nodes(graph: tf.Graph) -> list[node_def_pb2.NodeDef]:
     definition = graph.as_graph_def()
     return [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
 
@@ -131,7 +131,7 @@ def _dtypes_in_functions(op: tf.Operation) -> frozenset[tf.DType]:
             library = {function.signature.name: function for function in op.graph.as_graph_def().library.function}
         todo = [node for name in names if name in library for node in library.pop(name).node_def]
         nodes += todo
-    return _dtypes(nodes)
+    return dtypes(nodes)
 
 
 def backwards(tensors: Iterable[tf.Tensor], is_end: Callable[[tf.Tensor], bool] = lambda tensor: False) -> Iterator[tf.Tensor]:

@@ -24,12 +24,14 @@ class LayerCall:
         inputs: the tensors it was given, before it cast them.
         outputs: the tensors it returned.
         innermost: whether it called no other layer.
+        operations: the places of the operations that were made in it, among those of the graph.
     """
 
     layer: object
     inputs: list[tf.Tensor]
     outputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
     innermost: bool = True
+    operations: range = range(0)
 
     def casts_16_bits(self) -> bool:
         """Whether the layer casts a 16-bit input to another dtype, in which it computes."""
@@ -93,10 +95,12 @@ def _recording(original: Callable, record: Record) -> Callable:
         for outer in running:
             outer.innermost = False
         running.append(call)
+        begin = len(record.graph.get_operations())
         try:
             outputs = original(layer, *args, **kwargs)
         finally:
             running.pop()
+        call.operations = range(begin, len(record.graph.get_operations()))
         call.outputs = _tensors(outputs)
         return outputs
 

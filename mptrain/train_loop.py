@@ -20,6 +20,7 @@ class TrainLoop:
         self._pieces = Pieces(trainer.config.optimizer.accumulation_steps, agree=trainer.workers.largest)
         self._batches = None
         self._position = None  # the step whose batch `_batches` yields next
+        self._opened = 0  # the step at which it was opened
         self._saved_position = None
         self._function = tf.function(self._steps)
 
@@ -32,7 +33,11 @@ class TrainLoop:
         step = int(self._trainer.global_step.numpy())
         if self._position != step:
             self._batches = self._trainer.training_batches.open(step, self._saved_position)
-            self._position = step
+            self._position = self._opened = step
+
+    def first_batch(self, step: int, draws: int) -> int:
+        """Returns the number of the first batch that `step` draws, where each step since the opening has drawn so many."""
+        return self._opened + (step - self._opened) * draws
 
     def run(self, steps: int) -> None:
         """Runs so many steps; `stop_requested` may end it after any piece of them."""

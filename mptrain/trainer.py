@@ -307,6 +307,10 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         """The next loop opens the data where `save_position` was called; the step must be that one already."""
         self._train_loop.restore_position(folder)
 
+    def first_batch(self, step: int, draws: int) -> int:
+        """Returns the number of the first batch of a step of the loop in hand, if `train_step` draws so many each time."""
+        return self._train_loop.first_batch(step, draws)
+
     # What Orbit calls.
 
     def train_loop_begin(self) -> None:

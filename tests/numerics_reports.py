@@ -52,6 +52,7 @@ def layer(path, output, gradient, weights=(), dtype="float16", risk=0.02, verdic
     return {
         "path": path,
         "compute_dtype": dtype,
+        "calls": 1 if output else 0,
         "risk": risk,
         "at_risk": risk >= 0.5,
         "verdict": verdict,
@@ -70,6 +71,8 @@ def report(layers, summary_words, scale=2.0**15, **changes):
         "last_step": 200,
         "collected_steps": 200,
         "reference_steps": 25,
+        "no_reference": "",
+        "not_finite_in_float32": [],
         "summary": summary_words,
         "formats": FORMATS,
         "loss_scale": {

@@ -172,3 +172,176 @@ class PickyTrainer(VectorTrainer):
         if self.precision.name == "mixed_bfloat16":
             raise mptrain.InputError("PickyTrainer has no kernel for bfloat16: write mixed_float16")
         return super().build_model()
+
+
+class SharedTrainer(VectorTrainer):
+    """`shared` is called three times, `middle` after the first; `config.model.gains` are what the two multiply by."""
+
+    def build_model(self):
+        def dense(name, gain):
+            return keras.layers.Dense(16, name=name, kernel_initializer=keras.initializers.Identity(gain))
+
+        shared, middle = map(dense, ("shared", "middle"), self.config.model.gains)
+        inputs = keras.Input((16,))
+        x = shared(shared(middle(shared(inputs))))
+        x = keras.layers.LayerNormalization(name="quiet", dtype="float32")(x)
+        return keras.Model(inputs, keras.layers.Dense(3, dtype="float32", name="logits")(x), name="model")
+
+
+class BetweenModel(keras.Model):
+    """Computes an exponential between two layers, in its own code."""
+
+    def __init__(self, cast=False):
+        super().__init__(name="between_model")
+        self.first = keras.layers.Dense(32, name="first", kernel_initializer=keras.initializers.RandomNormal(stddev=2.0))
+        self.second = keras.layers.Dense(32, activation="relu", name="second")
+        self.logits = keras.layers.Dense(3, dtype="float32", name="logits")
+        self.cast = cast
+
+    def call(self, x, training=False):
+        x = self.first(x)
+        if self.cast:  # which makes the layers' dtypes matter nothing
+            x = tf.cast(x, tf.float16)
+        x = tf.exp(x)
+        return self.logits(self.second(x / tf.reduce_sum(x, -1, keepdims=True)))
+
+
+class BetweenTrainer(VectorTrainer):
+    def build_model(self):
+        return BetweenModel(self.config.model.get("cast", False))
+
+
+class BrokenTrainer(VectorTrainer):
+    """Of the examples that `config.model.broken` names either the inputs or the losses are not finite, in any precision."""
+
+    def build_source(self, split):
+        source = super().build_source(split)
+        if split == "train" and self.config.model.what == "inputs":
+            source.arrays["inputs"][self.config.model.broken, 0] = np.inf
+        weight = np.zeros(len(source), np.float32)
+        if split == "train" and self.config.model.what == "loss":
+            weight[self.config.model.broken] = np.inf
+        return Source({**source.arrays, "extra": weight})
+
+    def compute_loss(self, batch, outputs):
+        return super().compute_loss(batch, outputs) + batch["extra"] * tf.reduce_sum(outputs, -1)
+
+
+class Block(tf.Module):
+    """Two products in scopes of their own, inside the scope of the block."""
+
+    def __init__(self, width, size, seed, name):
+        super().__init__(name=name)
+        self.up = Product(width, 1.0 / 4, seed, "up")
+        self.down = Product(width, size, seed + 1, "down")
+
+    @tf.Module.with_name_scope
+    def __call__(self, x):
+        return self.down(tf.nn.relu(self.up(x)))
+
+
+class Product(tf.Module):
+    def __init__(self, width, size, seed, name):
+        super().__init__(name=name)
+        self.kernel = tf.Variable(tf.random.stateless_normal([width, width], [seed, 0]) * size, name="kernel")
+
+    @tf.Module.with_name_scope
+    def __call__(self, x):
+        return x @ tf.cast(self.kernel, x.dtype)
+
+
+class NestedModule(tf.Module):
+    """Blocks in blocks; `blocks/second/down` passes 65,504."""
+
+    def __init__(self, half):
+        super().__init__(name="nested")
+        self.half = half
+        self.blocks = [Block(16, 0.25, 1, "zeroth"), Block(16, 40_000.0, 3, "second")]
+        self.last = tf.Variable(tf.random.stateless_normal([16, 3], [5, 6]) * 0.2, name="last")
+
+    def __call__(self, x, training=False):
+        if self.half == "bitwise":  # which nothing can ask for float32
+            x = tf.saturate_cast(x, tf.float16) + tf.constant(0.0, tf.float16)
+        elif self.half:
+            x = tf.cast(x, tf.float16)
+        with tf.name_scope("blocks"):
+            for block in self.blocks:
+                x = block(x)
+        return (tf.cast(x, tf.float32) / 40_000.0) @ self.last
+
+
+class NestedTrainer(VectorTrainer):
+    def build_model(self):
+        return NestedModule(self.config.model.get("half", False))
+
+
+class TwoBatchesTrainer(VectorTrainer):
+    """Draws two batches a step and trains on their mean, by a step of its own."""
+
+    def train_step(self, iterator):
+        first, second = next(iterator), next(iterator)
+        mixed = {"inputs": (first["inputs"] + second["inputs"]) / 2, "targets": first["targets"]}
+        self.strategy.run(lambda batch: self.guarded_step(batch), args=(mixed,))
+        self.global_step.assign_add(1)
+        self.seen = tf.reduce_sum(first["targets"])
+
+
+class RowsTrainer(VectorTrainer):
+    """Looks the signs of the inputs up in a table of four rows."""
+
+    def inputs(self, batch):
+        return tf.cast(batch["inputs"] > 0, tf.int32) + 2 * tf.cast(batch["inputs"] > 1, tf.int32)
+
+    def build_model(self):
+        layers = keras.layers
+        rows = layers.Embedding(4, 8, name="rows")
+        return keras.Sequential(
+            [keras.Input((16,), dtype="int32"), rows, layers.Flatten(), layers.Dense(3, dtype="float32", name="logits")]
+        )
+
+
+class MaskedTrainer(VectorTrainer):
+    """Healthy: scores that a mask sets to minus infinity before a softmax, and two inputs and outputs."""
+
+    def inputs(self, batch):
+        return {"left": batch["inputs"][:, :8], "right": batch["inputs"][:, 8:]}
+
+    def build_model(self):
+        return MaskedModel()
+
+    def compute_loss(self, batch, outputs):
+        return sum(super(MaskedTrainer, self).compute_loss(batch, output) for output in outputs)
+
+    def update_metrics(self, batch, outputs, loss):
+        super().update_metrics(batch, outputs[0], loss)
+
+
+class MaskedModel(keras.Model):
+    def __init__(self):
+        super().__init__(name="masked")
+        self.left, self.right = (keras.layers.Dense(8, name=name) for name in ("left", "right"))
+        self.softmax = keras.layers.Softmax(name="softmax")
+        self.heads = [keras.layers.Dense(3, dtype="float32", name=f"head_{i}") for i in range(2)]
+
+    def call(self, inputs, training=False):
+        scores = self.left(inputs["left"])
+        scores = tf.where(tf.range(8) < 5, scores, tf.cast(-np.inf, scores.dtype))
+        x = self.softmax(scores) * self.right(inputs["right"])
+        return [head(x) for head in self.heads]
+
+
+class VarianceNorm(keras.layers.Layer):
+    """Layer normalization by the mean of squares less the square of the mean, which rounding makes negative."""
+
+    def call(self, x):
+        mean = tf.reduce_mean(x, -1, keepdims=True)
+        variance = tf.reduce_mean(x * x, -1, keepdims=True) - mean * mean
+        return (x - mean) / tf.sqrt(variance + tf.cast(1e-3, x.dtype))
+
+
+class VarianceTrainer(VectorTrainer):
+    """What reaches `norm` lies far from zero."""
+
+    def middle(self):
+        far = keras.layers.Dense(32, name="far", bias_initializer=keras.initializers.Constant(100.0))
+        return [far, VarianceNorm(name="norm"), keras.layers.Dense(32, activation="relu", name="second")]

@@ -2,15 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
 from mptrain import keras_compat
-from mptrain.numerics.collection import first_nonfinite
+from mptrain.numerics.faults import first_nonfinite
 from mptrain.numerics.probe import Probe
+from mptrain.numerics.recorder import OUTPUT, Site
 from mptrain.numerics.verdicts import Layer, Scales
 
+_BEHIND = 2  # layers behind a site that are tried for its sake: each try is traced anew
 _FRAGMENT = '''"""What --mode=numerics advises{for_what}: call it in get_config(), or paste its lines there."""
 
 
@@ -24,14 +26,14 @@ class Advice:
     """Settings that mend a run.
 
     Attributes:
-        float32_layers: regexes for `config.precision.float32_layers`; those that are there already among them.
+        float32_layers: regexes for `config.precision.float32_layers`, those that are there already among them; (): as it is.
         initial_scale: for `config.loss_scale`; None: as it is.
-        outside: paths of what no config field reaches, such as a scope of a `tf.Module`.
+        in_code: what no config field reaches, such as a scope of a `tf.Module` or what is computed between layers: a line each.
     """
 
     float32_layers: tuple[str, ...]
     initial_scale: float | None
-    outside: tuple[str, ...] = ()
+    in_code: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether a config can follow it."""
@@ -39,7 +41,8 @@ class Advice:
 
     def apply(self, config) -> None:
         """Writes the settings into a config."""
-        config.precision.float32_layers = self.float32_layers
+        if self.float32_layers:
+            config.precision.float32_layers = self.float32_layers
         if self.initial_scale is not None:
             config.loss_scale.initial_scale = self.initial_scale
 
@@ -50,63 +53,109 @@ class Advice:
             lines.append(f"config.precision.float32_layers = {self.float32_layers!r}")
         if self.initial_scale is not None:
             lines.append(f"config.loss_scale.initial_scale = {self.initial_scale!r}")
-        lines += [f"# In your own code, compute {path!r} in float32: tf.cast(x, tf.float32)." for path in self.outside]
+        lines += [f"# {line}" for line in self.in_code]
         if not self:
             lines.append("pass")
         return _FRAGMENT.format(for_what=f" for {what}", lines="\n".join(f"    {line}" for line in lines))
 
 
-def advise(trainer, judged: Sequence[Layer], fitting: Scales | None, batches: Sequence) -> Advice | None:
-    """Returns what mends the layers at risk; None where there are none.
-
-    Layers that are judged to need float32 are held in it. Then the step is tried on `batches`, with the advised scale, and as
-    long as something is not finite, the first such layer is held too, as one that is given values beyond float16. Of those
-    that were added so, each is left out again if that does no harm.
+class Advisor:
+    """Finds what mends a run, by trying it.
 
     Args:
         trainer: the run's, or one of the same model that computes in float16.
         judged: its layers, in forward order.
-        fitting: the loss scales that fit them.
-        batches: some of a worker's training batches.
+        steps: (number, batches) of the steps on which advice is tried.
     """
-    if not any(layer.at_risk for layer in judged):
+
+    def __init__(self, trainer, judged: Sequence[Layer], steps: Sequence[tuple[int, Sequence]]):
+        self._trainer = trainer
+        self._judged = judged
+        self._steps = steps
+        self._reached = dict(keras_compat.all_layers_by_path(trainer.model))
+
+    def advise(self, fitting: Scales | None) -> Advice | None:
+        """Returns what mends the layers at risk; None where there are none.
+
+        Layers that are judged to need float32 are held in it. Then the step is tried, with the advised scale, and as long as
+        something is not finite, a layer that computes it is held too, or one that hands its values to it, or takes them. Each
+        layer that is not certain to need float32 is left out again if that does no harm.
+
+        Args:
+            fitting: the loss scales that fit the layers.
+        """
+        at_risk = [layer for layer in self._judged if layer.at_risk]
+        if not at_risk:
+            return None
+        scale = _nearest(self._trainer.config.loss_scale, fitting) if fitting and self._trainer.uses_float16 else None
+        certain = [layer.path for layer in at_risk if layer.certain and layer.path in self._reached]
+        needed = [layer.path for layer in at_risk if layer.held and layer.path in self._reached]
+        shown = self._first_bad(certain, scale) is not None  # else these steps tell nothing of the layers that are not certain
+        held, bad = self._mended(needed, scale)
+        if shown:
+            held = self._fewest(held, certain, bad, scale)
+        regexes = [f"^{re.escape(path)}$" for path in self._reached if path in held]
+        before = [pattern for pattern in self._trainer.precision.float32_layers if pattern not in regexes]
+        changed = None if scale == self._trainer.config.loss_scale.initial_scale else scale
+        all_regexes = (*before, *regexes) if regexes else ()
+        return Advice(all_regexes, changed, tuple(self._in_code(at_risk, bad, mended=bad is None and bool(held))))
+
+    def _mended(self, needed: Sequence[str], scale: float | None) -> tuple[list[str], Site | None]:
+        """Returns layers that keep everything finite, and None; or `needed`, and the first site that is still not finite."""
+        first = bad = self._first_bad(needed, scale)
+        held = list(needed)
+        while bad is not None and (free := next(self._candidates(bad, held), None)):
+            held.append(free)
+            bad = self._first_bad(held, scale)
+        return (held, None) if bad is None else (list(needed), first)
+
+    def _fewest(self, held: list[str], certain: Sequence[str], bad: Site | None, scale: float | None) -> list[str]:
+        for path in [path for path in held if path not in certain]:
+            fewer = [other for other in held if other != path]
+            if self._first_bad(fewer, scale) == bad:
+                held = fewer
+        return held
+
+    def _candidates(self, bad: Site, held: Sequence[str]) -> Iterable[str]:
+        """Yields the layers that may mend a site, the likeliest first."""
+        behind = [layer.path for layer in self._judged if any(site.position > bad.position for site in layer.outputs)]
+        for path in (bad.layer, bad.computed_by, bad.after, *behind[:_BEHIND]):
+            if path in self._reached and path not in held:
+                yield path
+
+    def _in_code(self, at_risk: Sequence[Layer], bad: Site | None, mended: bool) -> Iterable[str]:
+        """Yields what only the user's code can mend, and why."""
+        paths = [layer.path for layer in at_risk if layer.held and layer.path not in self._reached and not mended]
+        if bad is not None and bad.kind == OUTPUT and bad.path not in paths and bad.path not in self._reached:
+            paths.append(bad.path)
+        sites = {site.path: site for layer in self._judged for site in layer.outputs}
+        if bad is not None:
+            sites[bad.path] = bad
+        for path in paths:
+            site = sites.get(path)
+            if site is not None and site.after is not None and not site.computed_by:
+                yield f"In your own code, {path!r} leaves float16 before it reaches a layer: scale it, or wrap it in a layer"
+            elif site is not None and site.after is not None:
+                yield f"{path!r} is computed by {site.computed_by} itself, outside of any layer that can be held in float32."
+                yield "In its code, compute that in float32: x = tf.cast(x, tf.float32) before it, and cast back behind it."
+            else:
+                yield f"In your own code, compute {path!r} in float32: tf.cast(x, tf.float32)."
+        if bad is not None and not paths:
+            yield f"With all of this {bad.path!r} is still not finite: it needs a change of the model or of the loss."
+
+    def _first_bad(self, held: Sequence[str], scale: float | None) -> Site | None:
+        """Returns the first site that is not finite in any of the steps; None if all are."""
+        probe = Probe(self._trainer, float32_layers=held)
+        for step, batches in self._steps:
+            sight = probe(*batches, step=step, loss_scale=scale)
+            if sight.overflowed():
+                return first_nonfinite(sight)
         return None
-    reached = dict(keras_compat.all_layers_by_path(trainer.model))
-    order = [layer.path for layer in judged if layer.path in reached]
-    scale = fitting and _scale(trainer.config.loss_scale, fitting)
-    needed = [layer.path for layer in judged if layer.held and layer.path in reached]
-    held = list(needed)
-    while (bad := _first_bad(trainer, held, scale, batches)) is not None:
-        behind = order[order.index(bad) :] if bad in order else []
-        free = [path for path in (bad, *behind) if path in reached and path not in held]
-        if not free:
-            break
-        held.append(free[0])
-    for path in [path for path in held if path not in needed]:
-        fewer = [other for other in held if other != path]
-        if _first_bad(trainer, fewer, scale, batches) is None:
-            held = fewer
-    regexes = [f"^{re.escape(path)}$" for path in reached if path in held]
-    before = [pattern for pattern in trainer.precision.float32_layers if pattern not in regexes]
-    outside = tuple(layer.path for layer in judged if layer.held and layer.path not in reached)
-    return Advice((*before, *regexes), scale, outside)
 
 
-def _scale(settings: ConfigDict, fitting: Scales) -> float | None:
-    """Returns the fitting scale nearest to the configured one; None if that fits."""
-    now = settings.initial_scale
+def _nearest(settings: ConfigDict, fitting: Scales) -> float:
+    """Returns the fitting scale nearest to the configured one."""
     lowest, highest = (
         min(max(2.0**each, settings.min_scale), settings.max_scale) for each in (fitting.lowest, fitting.highest)
     )
-    nearest = min(max(now, lowest), highest)
-    return None if nearest == now else nearest
-
-
-def _first_bad(trainer, held: Sequence[str], scale: float | None, batches: Sequence) -> str | None:
-    """Returns the layer of the first site that is not finite in any of the batches; None if all are."""
-    probe = Probe(trainer, float32_layers=held)
-    for batch in batches:
-        site = first_nonfinite(probe(batch, loss_scale=scale))
-        if site is not None:
-            return site.layer
-    return None
+    return min(max(settings.initial_scale, lowest), highest)

@@ -3,19 +3,19 @@
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 
 from mptrain.console import Console
-from mptrain.errors import one_line
+from mptrain.errors import InputError, one_line
 from mptrain.metrics_log import MetricsLog
-from mptrain.numerics.collection import first_nonfinite
+from mptrain.numerics.faults import NO_CURE, Fault, fault, where
 from mptrain.numerics.probe import Probe, Sight
-from mptrain.numerics.recorder import GRADIENT, OUTPUT, WEIGHT, Site
+from mptrain.numerics.recorder import OUTPUT, WEIGHT, Site
 from mptrain.numerics.tally import FORMATS
 from mptrain.skip_log import Skip
 
 _AT_ONCE = 3  # overflows that are looked into before they are rationed
 _PAUSE = 300.0  # seconds between two of the later ones
-_NAMES = {OUTPUT: "the output of", GRADIENT: "the gradient at the output of", WEIGHT: "the gradient of"}
 _LOWER = 2.0**-12  # of the loss scale: at so much less a gradient shows how large it is
 
 
@@ -25,20 +25,24 @@ class Origin:
 
     Attributes:
         step: the step whose batch overflows.
-        site: the first output in forward order, or else the first gradient in backward order, that is not finite.
+        fault: where, and whether float32 has it too.
         loss_scale: the scale of that step.
         largest: how large the values are that overflowed: an output in float32, a gradient multiplied by the loss scale; None
-            where they are not finite there either.
+            where that is not known.
         variables: the paths of those whose gradients are not finite.
         loss_finite: whether the loss was.
     """
 
     step: int
-    site: Site
+    fault: Fault
     loss_scale: float
     largest: float | None
     variables: tuple[str, ...]
     loss_finite: bool
+
+    @property
+    def site(self) -> Site:
+        return self.fault.site
 
     @property
     def forward(self) -> bool:
@@ -46,20 +50,27 @@ class Origin:
         return self.site.kind == OUTPUT or not self.loss_finite
 
     def __str__(self) -> str:
-        where = f"step {self.step}: {_NAMES[self.site.kind]} {self.site.path}"
-        reaches = f"reaches {self.largest:,.0f}" if self.largest else "is not finite in float32 either"
-        if self.site.kind == OUTPUT:
-            if self.largest and self.largest <= FORMATS["float16"].largest:
-                reaches = f"is not finite, though in float32 it stays below {self.largest:.3g}"
-            return f"{where} {reaches}: no loss scale cures that; see --mode=numerics"
-        if not self.loss_finite:
-            return f"{where} is not finite, as the loss, though all outputs are: no loss scale cures that; see --mode=numerics"
+        start = f"step {self.step}: {where(self.site)}"
+        all_finite = ", as the loss, though all outputs are" if self.site.kind != OUTPUT and not self.loss_finite else ""
+        if self.fault.in_float32:
+            return f"{start} is not finite in float32 either{all_finite}: {NO_CURE}"
+        if self.forward:
+            return f"{start} {self._reaches}{all_finite}: no loss scale cures that; see --mode=numerics"
         if not self.largest:
-            return f"{where} is not finite at any loss scale, though the loss is; see --mode=numerics"
+            return f"{start} is not finite at any loss scale, though the loss is; see --mode=numerics"
         return (
-            f"{where} {reaches} at loss scale {self.loss_scale:,.0f}, which loss scaling cures; gradients of"
+            f"{start} {self._reaches} at loss scale {self.loss_scale:,.0f}, which loss scaling cures; gradients of"
             f" {len(self.variables)} variables are not finite"
         )
+
+    @property
+    def _reaches(self) -> str:
+        """What the values at the site come to, in words."""
+        if not self.largest or self.site.kind != OUTPUT and not self.loss_finite:
+            return "is not finite"
+        if self.site.kind == OUTPUT and self.largest <= FORMATS["float16"].largest:
+            return f"is not finite, though in float32 it stays below {self.largest:.3g}"
+        return f"reaches {self.largest:,.0f}"
 
 
 class Provenance:
@@ -77,6 +88,7 @@ class Provenance:
         self._log = log
         self._own = Probe(trainer)
         self._reference = Probe(trainer, reference=True)
+        self._obstacle = None  # what keeps the step from being computed in float32; None: not asked yet
         self._done, self._last = 0, -math.inf
 
     def wanted(self) -> bool:
@@ -106,6 +118,7 @@ class Provenance:
             layer=origin.site.path,
             tensor=origin.site.kind,
             forward=origin.forward,
+            in_float32=origin.fault.in_float32,
             loss_scale=origin.loss_scale,
             largest=origin.largest,
             variables=list(origin.variables),
@@ -118,26 +131,37 @@ class Provenance:
             skip: what is known of it.
             optimizer: the name of the one that skipped it. What others have applied in that step meanwhile stays.
         """
-        end, window = int(self._trainer.global_step.numpy()), self._trainer.optimizer.accumulation_steps
-        batches = self._trainer.training_batches.read(end - window)
+        trainer = self._trainer
+        end, window = int(trainer.global_step.numpy()), trainer.optimizer.accumulation_steps
+        draws = self._own.draws(next(trainer.training_batches.read(end - window)))
+        batches = trainer.training_batches.read(trainer.first_batch(end - window, draws))
         for step in range(end - window, end):
-            batch = next(batches)
-            sight = self._own(batch, step=step, loss_scale={optimizer: skip.loss_scale})
-            if (site := first_nonfinite(sight)) is not None:
-                rows = zip(sight.sites, sight.counts, strict=True)
-                bad = tuple(other.path for other, row in rows if other.kind == WEIGHT and row[1])
-                largest = self._largest(site, batch, step, optimizer, skip.loss_scale)
-                return Origin(step, site, skip.loss_scale, largest, bad, skip.loss_finite)
+            drawn = [next(batches) for _ in range(draws)]
+            self._check_repeatable(drawn)
+            at = {"step": step, "loss_scale": {optimizer: skip.loss_scale}}
+            own = self._own(*drawn, **at)
+            if own.overflowed():
+                reference = None if self._obstacle else self._reference(*drawn, **at)
+                if (found := fault(own, reference)).site is None:
+                    return None
+                bad = tuple(site.path for site in own.nonfinite() if site.kind == WEIGHT)
+                largest = self._largest(found, drawn, reference, at)
+                return Origin(step, found, skip.loss_scale, largest, bad, skip.loss_finite)
         return None
 
-    def _largest(self, site: Site, batch, step: int, optimizer: str, scale: float) -> float | None:
+    def _check_repeatable(self, drawn: Sequence) -> None:
+        """Finds out, once, whether the step can be looked at, and in float32 too."""
+        if self._obstacle is None:
+            if obstacle := self._own.obstacle(*drawn):
+                raise InputError(obstacle)
+            self._obstacle = self._reference.obstacle(*drawn)
+
+    def _largest(self, found: Fault, drawn: Sequence, reference: Sight | None, at: dict) -> float | None:
         """Returns how large the values of a site are where they do not overflow."""
-        if site.kind == OUTPUT:
-            return _largest(site, self._reference(batch, step=step, loss_scale={optimizer: scale}))
-        lower = _largest(site, self._own(batch, step=step, loss_scale={optimizer: scale * _LOWER}))
+        if found.in_float32:
+            return None
+        if found.site.kind == OUTPUT:
+            return reference and reference.largest_of(found.site)
+        scales = {name: scale * _LOWER for name, scale in at["loss_scale"].items()}
+        lower = self._own(*drawn, step=at["step"], loss_scale=scales).largest_of(found.site)
         return lower and lower / _LOWER
-
-
-def _largest(site: Site, sight: Sight) -> float | None:
-    place = list(sight.sites).index(site)
-    return None if sight.counts[place][1] else float(sight.largest[place]) or None

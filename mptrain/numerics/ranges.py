@@ -1,6 +1,7 @@
 """The range of one place in the step over many steps: what a report says of it, in shares and powers of two."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -38,6 +39,19 @@ class Range:
         self._spreads[0] += spread
         self._spreads[1] += np.roll(spread, -shift)
         self._largest = [max(self._largest[0], largest), max(self._largest[1], largest / scale)]
+
+    @classmethod
+    def sum(cls, ranges: Iterable["Range"]) -> "Range":
+        """Returns the range of all values together."""
+        whole = cls()
+        for each in ranges:
+            whole.values += each.values
+            whole.nonfinite += each.nonfinite
+            whole.zeros += each.zeros
+            whole._beyond += each._beyond
+            whole._spreads += each._spreads
+            whole._largest = list(map(max, whole._largest, each._largest))
+        return whole
 
     def largest(self, scaled: bool = False) -> float:
         """Returns the largest finite magnitude."""

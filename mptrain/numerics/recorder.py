@@ -1,21 +1,23 @@
 """Which tensors of a train step are looked at: found while the step is traced, in any `Trainer`, without changing it.
 
-Outputs are those of Keras layers, of the named scopes of a plain `tf.Module`, and what `watch` was given. Their gradients are
-asked of the step's own tape, beside those of the weights; nothing is put into the step's graph but what counts.
+Outputs are those of Keras layers, of the named scopes of a plain `tf.Module`, what `watch` was given, and what stands between
+them (see `places`). Their gradients are asked of the step's own tape, beside those of the weights; nothing is put into the
+step's graph but what counts.
 """
 
 import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
 from mptrain import forward_graph, keras_calls, keras_compat
-from mptrain.gradients import to_float32
+from mptrain.gradients import to_float32, with_each_row_once
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.numerics import tally
+from mptrain.numerics.places import Call, Forward, Place
 
 OUTPUT, GRADIENT, WEIGHT = "output", "gradient", "weight"
 _recorders: list["Recorder"] = []  # that are recording now
@@ -26,16 +28,41 @@ class Site:
     """A place in the step whose values are counted.
 
     Attributes:
-        path: of a layer, of a scope, as given to `watch`, or of a trained variable.
+        path: of a layer, of a scope, as given to `watch`, of what lies between two of them, or of a trained variable.
         kind: "output", "gradient" (of an output) or "weight" (the gradient of a variable).
+        call: which call of its layer, from 1; of a weight, whose gradient is the sum over all calls, 1.
         dtype: the name of its dtype.
-        layer: the path of the layer, scope or watched tensor it belongs to.
+        layer: the path of the layer, scope, watched tensor or what lies between, that it belongs to.
+        position: its place in forward order; of a weight, where it is first read.
+        computed_by: the path of the layer or scope that an output is computed in; "": the trainer's own step.
+        after: of what lies between two layers, the path of the first, or "" where there is none before it; else None.
     """
 
     path: str
     kind: str
-    dtype: str = dataclasses.field(compare=False)
-    layer: str = dataclasses.field(compare=False)
+    call: int = 1
+    dtype: str = dataclasses.field(default="float32", compare=False)
+    layer: str = dataclasses.field(default="", compare=False)
+    position: int = dataclasses.field(default=0, compare=False)
+    computed_by: str = dataclasses.field(default="", compare=False)
+    after: str | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What one replica's run of a function showed: `sites`, and of each a row.
+
+    Attributes:
+        sites: what was looked at.
+        counts, largest, scales: as `tally.count` takes and returns them; per replica.
+        gradients: {path of a variable: what the optimizer was given and did not apply}; unscaled, dense, float32; per replica.
+    """
+
+    sites: Sequence[Site]
+    counts: tf.Tensor
+    largest: tf.Tensor
+    scales: tf.Tensor
+    gradients: dict[str, tf.Tensor]
 
 
 def watch(name: str, tensor: tf.Tensor) -> tf.Tensor:
@@ -51,115 +78,156 @@ def watch(name: str, tensor: tf.Tensor) -> tf.Tensor:
 
 
 class _Trace(threading.local):
-    """What one replica's thread has recorded of the step it traces."""
+    """What one replica's thread has recorded of the function it traces."""
+
+    graph = None
 
     def begin(self) -> None:
         self.graph = tf.compat.v1.get_default_graph()
-        self.prefix = f"{self.graph.get_name_scope()}/".lstrip("/")  # such as replica_1/
-        self.first = len(self.graph.get_operations())
-        self.scopes, self.named = {}, []
+        self.home = self.graph.get_name_scope()  # entered anew where replicas part again, after an update that all took
+        self.scopes, self.entered, self.named = [], [], []
         self.scales = {}  # scaled loss -> its scale
-        self.found = {}  # (path, kind, scale) -> [tensor]
+        self.found = {}  # (site, scale) -> [tensor]
         self.in_gradient = False
         self.given = {}  # path of a variable -> [gradients that an optimizer was given and did not apply]
 
 
 class Recorder:
-    """Records one traced step.
+    """Records what the replicas of one traced step do.
 
     Args:
         trainer: whose model's layers' paths, and trained variables' paths, name what is found.
         dry: whether optimizers shall apply nothing, and say that the step was skipped.
+        gradients: whether the gradients that were not applied are wanted too.
     """
 
-    def __init__(self, trainer, dry: bool):
-        layers = list(keras_compat.all_layers_by_path(trainer.model))
-        known = {id(layer) for _, layer in layers} | {id(trainer.model)}
+    def __init__(self, trainer, dry: bool, gradients: bool):
+        model = trainer.model
+        layers = [(model.name, model)] if keras_compat.is_keras_layer(model) else []
+        layers += keras_compat.all_layers_by_path(model)
+        known = {id(layer) for _, layer in layers}
         layers += [(path, layer) for path, layer in keras_compat.all_layers_by_path(trainer) if id(layer) not in known]
+        self._strategy = trainer.strategy
         self._layers = {id(layer): path for path, layer in reversed(layers)}
-        self._by_scope = not keras_compat.is_keras_layer(trainer.model)
-        trained = keras_compat.variables_by_path(trainer.trainable_variables)
-        self._variables = {id(variable): path for path, variable in trained.items()}
+        self._by_scope = not keras_compat.is_keras_layer(model)
+        self._trained = keras_compat.variables_by_path(trainer.trainable_variables)
+        self._variables = {id(variable): path for path, variable in self._trained.items()}
         inner_last = sorted(layers, key=lambda pair: pair[0].count("/"))
         owners = {id(keras_compat.raw(v)): path for path, layer in inner_last for v in layer.variables}
-        self._owners = {path: owners.get(id(v), path.rpartition("/")[0] or path) for path, v in trained.items()}
+        self._owners = {path: owners[id(v)] for path, v in self._trained.items() if id(v) in owners}
         self._dry = dry
+        self._gradients = gradients
         self._trace = _Trace()
-        self.sites: list[Site] = []
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Records what replicas trace inside, each from its `begin` on."""
-        replacements = [(tf.GradientTape, "gradient", self._gradient), (LossScaleOptimizer, "get_scaled_loss", self._scaled)]
+    def recording(self) -> Iterator[list[Counted]]:
+        """Yields a list that gets what each function showed that the strategy was given to run in its replicas."""
+        function = type(tf.function(lambda: None))
+        replacements = [
+            (tf.GradientTape, "gradient", self._gradient),
+            (LossScaleOptimizer, "get_scaled_loss", self._scaled),
+            (function, "__call__", self._inlined),
+        ]
         if self._dry:
             replacements.append((LossScaleOptimizer, "apply_gradients", self._not_applied))
         if self._by_scope:
-            replacements.append((tf.name_scope, "__enter__", self._enter))
-        originals = [getattr(owner, name) for owner, name, _ in replacements]
-        with keras_calls.recorded() as self._calls:
-            _recorders.append(self)
-            try:
-                for (owner, name, method), original in zip(replacements, originals, strict=True):
-                    setattr(owner, name, _replacing(original, method))
-                yield
-            finally:
-                for (owner, name, _), original in zip(replacements, originals, strict=True):
-                    setattr(owner, name, original)
-                _recorders.remove(self)
-
-    def begin(self) -> None:
-        """Begins with the graph that this replica's thread traces its step into."""
-        self._calls.begin()
+            replacements += [(tf.name_scope, "__enter__", self._enter), (tf.name_scope, "__exit__", self._exit)]
+        found = []
         self._trace.begin()
+        self._status = tf.__internal__.autograph.control_status_ctx()  # in which AutoGraph converts, as in a `tf.function`
+        with contextlib.ExitStack() as stack:
+            self._calls = stack.enter_context(keras_calls.recorded())
+            _recorders.append(self)
+            stack.callback(_recorders.remove, self)
+            for owner, name, method in replacements:
+                original = getattr(owner, name)
+                stack.callback(setattr, owner, name, original)
+                setattr(owner, name, _replacing(original, method))
+            self._strategy.run = _replacing(self._strategy.run, functools.partial(self._run, found))
+            stack.callback(delattr, self._strategy, "run")  # of this one strategy, over its class's own
+            yield found
 
     def watched(self, name: str, tensor: tf.Tensor) -> None:
         if self._is_here() and tensor.dtype.is_floating:
             self._trace.named.append((name, tensor))
 
-    def counts(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Counts what was recorded, once the step is traced; notes in `sites` what the rows are.
+    def _run(self, found: list[Counted], original: Callable, fn: Callable, args=(), kwargs=None, options=None):
+        """Stands for `strategy.run`: what each replica traces is recorded, and counted when it is traced."""
+        status = tf.__internal__.autograph.control_status_ctx()
+        fn = tf.__internal__.autograph.tf_convert(fn, status, convert_by_default=False)  # as `strategy.run` does
+        sites = []
 
-        Returns:
-            Counts [sites, n], largest magnitudes [sites] and loss scales [sites], as `Tally` takes them.
-        """
+        @tf.autograph.experimental.do_not_convert
+        def looked_at(*args, **kwargs):
+            self._calls.begin()
+            self._trace.begin()
+            result = fn(*args, **kwargs)
+            sites[:], rows = self._count()  # the same in all replicas
+            return result, rows, self._given() if self._gradients else {}
+
+        result, rows, gradients = original(looked_at, args=args, kwargs=kwargs or {}, options=options)
+        found.append(Counted(sites, *rows, gradients))
+        return result
+
+    def _count(self) -> tuple[list[Site], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+        """Counts what was recorded; returns the sites, and counts, largest magnitudes and loss scales of each."""
         found, one = self._trace.found, tf.constant(1.0)
-        for path, tensor in self._outputs():
-            found.setdefault((path, OUTPUT, one.ref()), []).append(tensor)
-        self.sites = [
-            Site(path, kind, tensors[0].dtype.name, self._owners[path] if kind == WEIGHT else path)
-            for (path, kind, _), tensors in found.items()
-        ]
+        for place in self._forward().places():
+            found.setdefault((_site(place, OUTPUT), one.ref()), []).append(place.tensor)
         if not found:
-            return tally.nothing()
-        scales = [scale.deref() for *_, scale in found]
+            return [], tally.nothing()
+        scales = [scale.deref() for _, scale in found]
         of = [row for row, tensors in enumerate(found.values()) for _ in tensors]
         tensors = [tensor for tensors in found.values() for tensor in tensors]
         counts, largest = tally.count(tensors, [scales[row] for row in of])
-        rows = len(self.sites)
+        rows = len(found)
         counts, largest = tf.math.unsorted_segment_sum(counts, of, rows), tf.math.unsorted_segment_max(largest, of, rows)
-        return counts, largest, tf.stack(scales)
+        return [site for site, _ in found], (counts, largest, tf.stack(scales))
 
-    def gradients(self) -> dict[str, tf.Tensor]:
-        """Returns what optimizers were given and did not apply, by variable: unscaled, dense, float32; in a replica."""
+    def _given(self) -> dict[str, tf.Tensor]:
         return {
             path: tf.add_n([tf.convert_to_tensor(to_float32(gradient)) for gradient in found])
             for path, found in self._trace.given.items()
         }
 
+    def _forward(self) -> Forward:
+        """Returns what has been computed so far."""
+        keras = [
+            Call(self._layers.get(id(call.layer), call.layer.name), call.operations, call.inputs, call.outputs)
+            for call in self._calls.calls
+        ]
+        calls = sorted([*keras, *self._trace.scopes], key=lambda call: (call.operations.start, -call.operations.stop))
+        return Forward(self._trace.graph, calls, self._trace.named)
+
     def _is_here(self) -> bool:
-        return tf.compat.v1.get_default_graph() is getattr(self._trace, "graph", None)
+        return tf.compat.v1.get_default_graph() is self._trace.graph
+
+    def _inlined(self, original: Callable, function, *args, **kwargs):
+        """Stands for the call of a `tf.function`: the step traces it as if it were none, so that nothing is hidden."""
+        if not self._is_here():
+            return original(function, *args, **kwargs)
+        return tf.__internal__.autograph.tf_convert(function.python_function, self._status)(*args, **kwargs)
 
     def _enter(self, original: Callable, scope: tf.name_scope) -> str:
-        name = original(scope)
-        if self._is_here() and not self._calls.running:
-            path = name.removeprefix(self._trace.prefix).rstrip("/")
-            if path:  # the replica's own scope is entered anew where replicas part again, after an update that all took
-                self._trace.scopes[path] = name
-        return name
+        full = original(scope)
+        if self._is_here():
+            entered, name = self._trace.entered, scope.name.rstrip("/")
+            if entered and not name.startswith(f"{entered[-1][0]}/"):  # that of a `tf.Module` may be its full name
+                name = f"{entered[-1][0]}/{name}"
+            entered.append((name, len(self._trace.graph.get_operations())))
+        return full
+
+    def _exit(self, original: Callable, scope: tf.name_scope, *error) -> None:
+        if self._is_here() and self._trace.entered:
+            path, begin = self._trace.entered.pop()
+            if path not in ("", self._trace.home) and not self._calls.running:
+                self._trace.scopes.append(Call(path, range(begin, len(self._trace.graph.get_operations()))))
+        return original(scope, *error)
 
     def _scaled(self, original: Callable, optimizer: LossScaleOptimizer, loss) -> tf.Tensor:
         scale, scaled = optimizer.loss_scale, original(optimizer, loss)
-        self._trace.scales[scaled.ref()] = scale
+        if self._is_here():
+            self._trace.scales[scaled.ref()] = scale
         return scaled
 
     def _gradient(self, original: Callable, tape: tf.GradientTape, target, sources, *args, **kwargs):
@@ -172,19 +240,41 @@ class Recorder:
         trained = any(id(variable) in self._variables for variable in variables)
         if not trained or not self._is_here() or self._trace.in_gradient:
             return original(tape, target, sources, *args, **kwargs)
-        outputs = self._outputs()
+        forward = self._forward()
+        outputs = [place for place in forward.places() if place.after is None]
         self._trace.in_gradient = True
         try:
-            result, found = original(tape, target, (sources, [tensor for _, tensor in outputs]), *args, **kwargs)
+            result, found = original(tape, target, (sources, [place.tensor for place in outputs]), *args, **kwargs)
         finally:
             self._trace.in_gradient = False
         scale = self._scale_of(target)
-        places = [(path, GRADIENT) for path, _ in outputs] + [(self._variables.get(id(v)), WEIGHT) for v in variables]
-        for (path, kind), gradient in zip(places, [*found, *tf.nest.flatten(result)], strict=True):
-            if path is not None and gradient is not None:
-                values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-                self._trace.found.setdefault((path, kind, scale.ref()), []).append(values)
+        read = self._first_reads(forward)
+        paths = [self._variables.get(id(variable)) for variable in variables]
+        sites = [_site(place, GRADIENT) for place in outputs] + [path and self._weight(path, forward, read) for path in paths]
+        for site, gradient in zip(sites, [*found, *tf.nest.flatten(result)], strict=True):
+            if site is not None and gradient is not None:
+                if isinstance(gradient, tf.IndexedSlices):
+                    gradient = with_each_row_once(to_float32(gradient)).values
+                self._trace.found.setdefault((site, scale.ref()), []).append(gradient)
         return result
+
+    def _weight(self, path: str, forward: Forward, read: dict[str, int]) -> Site:
+        owner = self._owners.get(path)
+        if owner is None:
+            reader = forward.maker(read.get(path, -1))
+            owner = reader.path if reader else path.rpartition("/")[0] or path
+        return Site(path, WEIGHT, layer=owner, position=read.get(path, -1))
+
+    def _first_reads(self, forward: Forward) -> dict[str, int]:
+        """Returns {path of a variable: the place of the first operation that takes it}."""
+        inside = {id(outer): inner for outer, inner in self._trace.graph.captures}
+        found = {}
+        for path, variable in self._trained.items():
+            taken = inside.get(id(variable.handle))  # this replica's own
+            if taken is not None:
+                results = [tensor for taker in taken.consumers() for tensor in taker.outputs]
+                found[path] = min(map(forward.position, results), default=-1)
+        return found
 
     def _not_applied(self, original: Callable, optimizer: LossScaleOptimizer, grads_and_vars) -> tf.Tensor:
         """Notes the gradients, and says that the step was skipped."""
@@ -201,33 +291,10 @@ class Recorder:
                 return self._trace.scales[tensor.ref()]
         return tf.constant(1.0)
 
-    def _outputs(self) -> list[tuple[str, tf.Tensor]]:
-        """Returns (path, tensor) of what has been computed so far, in forward order."""
-        found, inside = [], set()
-        for call in reversed(self._calls.calls):  # inner calls come before the outer ones, which often return the same
-            path = self._layers.get(id(call.layer))
-            given = {tensor.ref() for tensor in call.inputs}
-            made = [tensor for tensor in call.outputs if tensor.ref() not in given]  # what is passed on is its maker's
-            found += [(path, t) for t in made if path and t.dtype.is_floating and t.ref() not in inside]
-            inside |= {tensor.ref() for tensor in made}
-        found += [*self._trace.named, *self._scope_outputs()]
-        places = {operation.name: place for place, operation in enumerate(self._trace.graph.get_operations())}
-        return sorted(found, key=lambda item: places[item[1].op.name])
 
-    def _scope_outputs(self) -> Iterator[tuple[str, tf.Tensor]]:
-        """Yields what the named scopes compute and others use."""
-        operations = self._trace.graph.get_operations()[self._trace.first :]
-        for path, scope in self._trace.scopes.items():
-            for operation in operations:
-                if not operation.name.startswith(scope):
-                    continue
-                for tensor in operation.outputs:
-                    if tensor.dtype.is_floating and any(_is_outside(scope, each.name) for each in tensor.consumers()):
-                        yield path, tensor
-
-
-def _is_outside(scope: str, name: str) -> bool:
-    return not name.startswith(scope) and "gradient_tape/" not in name
+def _site(place: Place, kind: str) -> Site:
+    dtype = place.tensor.dtype.name
+    return Site(place.path, kind, place.call, dtype, place.path, place.position, place.computed_by, place.after)
 
 
 def _replacing(original: Callable, method: Callable) -> Callable:

@@ -9,7 +9,7 @@ import math
 
 from mptrain.numerics.collection import Collection
 from mptrain.numerics.ranges import Range
-from mptrain.numerics.recorder import GRADIENT, OUTPUT, WEIGHT, Site
+from mptrain.numerics.recorder import GRADIENT, OUTPUT, Site
 from mptrain.numerics.tally import FORMATS
 
 _LARGEST = FORMATS["float16"].largest
@@ -21,30 +21,35 @@ _SCALES = range(25)  # powers of two
 
 @dataclasses.dataclass
 class Layer:
-    """One layer, scope or watched tensor of a report.
+    """One layer, scope or watched tensor of a report, or what is computed between two of them.
 
     Attributes:
         path: its path.
         dtype: of its output.
-        order: its place in forward order.
-        output, gradient: sites, or None.
+        outputs, gradients: sites, one for each call.
         weights: sites of its variables' gradients.
         risk: from 0 to 1.
         at_risk: whether float16 does not hold it as it is.
         held: whether float32 would mend it, where a loss scale cannot.
+        certain: whether that is plain from the size of its values alone, or from its gradients.
         verdict: in words.
     """
 
     path: str
     dtype: str
-    order: int
-    output: Site | None = None
-    gradient: Site | None = None
+    outputs: list[Site] = dataclasses.field(default_factory=list)
+    gradients: list[Site] = dataclasses.field(default_factory=list)
     weights: list[Site] = dataclasses.field(default_factory=list)
     risk: float = 0.0
     at_risk: bool = False
     held: bool = False
+    certain: bool = False
     verdict: str = ""
+
+    @property
+    def between(self) -> bool:
+        """Whether it is no layer, but what is computed between two, or comes before the first."""
+        return any(site.after is not None for site in self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,21 @@ class Scales:
     unfit: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the layers are judged for.
+
+    Attributes:
+        loss_scale: at the end of the run.
+        lowered: whether it goes down by itself when gradients overflow.
+        float16: what the same network did in float16; the run itself, where that computes in 16 bits.
+    """
+
+    loss_scale: float
+    lowered: bool
+    float16: Collection
+
+
 def layers(found: Collection, compute_dtype: str) -> list[Layer]:
     """Returns the layers of a collection in forward order, not judged yet.
 
@@ -64,15 +84,12 @@ def layers(found: Collection, compute_dtype: str) -> list[Layer]:
         compute_dtype: of what has weights and shows no output.
     """
     by_path = {}
+    for site in sorted((site for site in found.observed if site.kind == OUTPUT), key=lambda site: site.position):
+        by_path.setdefault(site.path, Layer(site.path, site.dtype)).outputs.append(site)
     for site in found.observed:
-        if site.kind == OUTPUT:
-            by_path.setdefault(site.path, Layer(site.path, site.dtype, len(by_path))).output = site
-    for site in found.observed:
-        layer = by_path.setdefault(site.layer, Layer(site.layer, compute_dtype, len(by_path)))
-        if site.kind == GRADIENT:
-            layer.gradient = site
-        elif site.kind == WEIGHT:
-            layer.weights.append(site)
+        if site.kind != OUTPUT:
+            layer = by_path.setdefault(site.layer, Layer(site.layer, compute_dtype))
+            (layer.gradients if site.kind == GRADIENT else layer.weights).append(site)
     return list(by_path.values())
 
 
@@ -98,7 +115,7 @@ def _is_held(found: Collection, layer: Layer) -> bool:
 
 def _gradients(found: Collection, layer: Layer) -> list[Range]:
     """Returns the ranges of a layer's gradients, but those that are next to nothing beside the others."""
-    ranges = [found.true(site) for site in (layer.gradient, *layer.weights) if site is not None]
+    ranges = [found.true(*layer.gradients), *(found.true(site) for site in layer.weights)]
     top = max((each.largest() for each in ranges), default=0.0)
     return [each for each in ranges if each.largest() > top * _NEXT_TO_NOTHING]
 
@@ -113,46 +130,137 @@ def _highest(values: Range) -> int:
     return math.floor(math.log2(_LARGEST / 2 / values.largest()))
 
 
-def judge(found: Collection, judged: list[Layer], fitting: Scales | None, loss_scale: float) -> None:
+def judge(found: Collection, judged: list[Layer], fitting: Scales | None, setting: Setting) -> None:
     """Gives each layer its risk and verdict."""
-    overflowed_loss = any(not skip.loss_finite for skip in found.skips)
+    last = max((site.position for layer in judged for site in layer.outputs), default=0) + 1
     for layer in judged:
-        tier, layer.verdict = _cause(found, layer, fitting, loss_scale, overflowed_loss)
-        ties = layer.order if tier > 0.85 else len(judged) - layer.order  # the first in forward, or in backward order
-        layer.at_risk = tier >= 0.5
-        layer.held = tier > 0.75
-        layer.risk = max(tier - 0.04 * ties / len(judged), 0.0) if tier else 0.0
+        cause = _cause(found, layer, fitting, setting) or Cause(0.0, _fits(found.true(*layer.outputs).largest()))
+        layer.verdict = cause.words
+        layer.at_risk = cause.tier >= 0.5
+        layer.held = cause.tier > 0.75
+        layer.certain = cause.tier in (_TOO_LARGE, _UNFIT)
+        place = _place(layer, cause) / last
+        later = place if cause.tier > 0.85 else 1 - place  # the first in forward, or in backward order, stands above the others
+        layer.risk = max(cause.tier - 0.04 * later, 0.0) if cause.tier else 0.0
 
 
-def _cause(found: Collection, layer: Layer, fitting: Scales | None, scale: float, overflowed_loss: bool) -> tuple[float, str]:
-    if layer.dtype == "bfloat16":
-        return 0.0, "computes in bfloat16, whose range is float32's"
-    output = found.true(layer.output) if layer.output else Range()
-    gradients = _gradients(found, layer)
-    largest = output.largest()
+def _place(layer: Layer, cause: "Cause") -> int:
+    sites = [cause.site] if cause.site else layer.outputs or layer.weights
+    return max(sites[0].position, 0)
+
+
+def _fits(largest: float) -> str:
+    if not largest:
+        return "fits"
+    return f"fits, with {math.log2(_LARGEST / largest):.0f} powers of two above its largest output"
+
+
+_TOO_LARGE, _UNFIT = 1.0, 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """A tier of risk, what there is to say, and the call that it is said of, where it is one of several."""
+
+    tier: float
+    words: str
+    site: Site | None = None
+
+
+def _cause(found: Collection, layer: Layer, fitting: Scales | None, setting: Setting) -> Cause | None:
+    """Returns the gravest thing that there is to say of a layer; None where all is well."""
     if _is_held(found, layer):
-        return 0.0, "computes in float32"
-    if output.overflowing() or largest > _LARGEST:
-        return 1.0, f"its output reaches {largest:,.0f}, and float16 ends at 65,504: hold it in float32"
-    if layer.output and found.first_nonfinite[layer.output]:
-        return 0.95, (
-            f"its output is not finite in float16, though it was given finite values and in float32 stays below {largest:.3g}:"
-            " something inside it overflows, or divides by what vanished: hold it in float32"
+        return Cause(0.0, "computes in float32")
+    if layer.dtype == "bfloat16":
+        return _not_finite(found, layer, setting) or Cause(0.0, "computes in bfloat16, whose range is float32's")
+    return (
+        _too_large(found, layer)
+        or _not_finite(found, layer, setting)
+        or _loss_not_finite(found, layer, setting)
+        or _bad_scale(found, layer, fitting, setting)
+        or _next_to_end(found, layer)
+    )
+
+
+def _too_large(found: Collection, layer: Layer) -> Cause | None:
+    largest = {site: found.true(site).largest() for site in layer.outputs if _overflows(found.true(site))}
+    if not largest:
+        return None
+    site = min(largest, key=lambda site: site.position)
+    words = f"{_subject(layer, site)} reaches {largest[site]:,.0f}, and float16 ends at 65,504: {_remedy(layer)}"
+    return Cause(_TOO_LARGE, words, site)
+
+
+def _overflows(values: Range) -> bool:
+    return bool(values.overflowing()) or values.largest() > _LARGEST
+
+
+def _not_finite(found: Collection, layer: Layer, setting: Setting) -> Cause | None:
+    blamed = setting.float16.blamed(layer.outputs)
+    if not blamed:
+        return None
+    site = min(blamed, key=lambda site: site.position)
+    dtype = layer.dtype if layer.dtype == "bfloat16" else "float16"
+    beside = f"and in float32 it stays below {found.true(site).largest():.3g}"
+    if setting.float16.no_reference:
+        beside = "and there is no float32 to compare it with"
+    words = (
+        f"{_subject(layer, site)} is not finite in {dtype}, though all that it is computed from is, {beside}: something inside"
+        f" overflows, or divides by what vanished: {_remedy(layer)}"
+    )
+    return Cause(0.95, words, site)
+
+
+def _loss_not_finite(found: Collection, layer: Layer, setting: Setting) -> Cause | None:
+    if not setting.float16.loss_overflowed() or layer.between:
+        return None
+    if found.true(*layer.outputs).vanishing() > _LOST_OUTPUT:
+        return Cause(0.9, f"{_vanished(found, layer)}, and the loss was not finite: hold it in float32")
+    if setting.float16.blamed(layer.gradients):
+        return Cause(
+            0.88, "the loss was not finite though its output was: the loss divides by what vanished, or takes its logarithm"
         )
-    if output.vanishing() > _LOST_OUTPUT and overflowed_loss:
-        lost = f"{output.vanishing():.0%} of its output that is not zero vanishes in float16"
-        return 0.9, f"{lost}, and the loss was not finite: hold it in float32"
-    if layer.gradient and found.first_nonfinite[layer.gradient] and overflowed_loss:
-        return 0.88, "the loss was not finite though its output was: the loss divides by what vanished, or takes its logarithm"
+    return None
+
+
+def _vanished(found: Collection, layer: Layer) -> str:
+    return f"{found.true(*layer.outputs).vanishing():.0%} of its output that is not zero vanishes in float16"
+
+
+def _bad_scale(found: Collection, layer: Layer, fitting: Scales | None, setting: Setting) -> Cause | None:
     if fitting and layer.path in fitting.unfit:
-        return 0.8, "no loss scale holds both its gradients and those of the other layers: hold it in float32"
+        return Cause(_UNFIT, "no loss scale holds both its gradients and those of the other layers: hold it in float32")
+    gradients, scale = _gradients(found, layer), setting.loss_scale
     lost = max((each.lost_at(round(math.log2(scale))) for each in gradients), default=0.0)
     if lost > _LOST_GRADIENT:
-        return 0.7, f"{lost:.0%} of its gradient vanishes at loss scale {scale:,.0f}: use at least {2**fitting.lowest:,.0f}"
+        return Cause(
+            0.7, f"{lost:.0%} of its gradient vanishes at loss scale {scale:,.0f}: use at least {2**fitting.lowest:,.0f}"
+        )
+    largest = max((each.largest() for each in gradients), default=0.0) * scale
+    if largest > _LARGEST and not setting.lowered:
+        return Cause(
+            0.72,
+            f"its gradient reaches {largest:,.0f} at loss scale {scale:,.0f}, and float16 ends at 65,504: use at most"
+            f" {2.0**fitting.highest:,.4g}",
+        )
+    return None
+
+
+def _next_to_end(found: Collection, layer: Layer) -> Cause | None:
+    output = found.true(*layer.outputs)
     if output.vanishing() > _LOST_OUTPUT:
-        lost = f"{output.vanishing():.0%} of its output that is not zero vanishes in float16"
-        return 0.2, f"{lost}, which harms only what takes its logarithm or divides by it"
-    headroom = math.log2(_LARGEST / largest) if largest else math.inf
-    if headroom < 1:
-        return 0.3, f"fits, but its output reaches {largest:,.0f}, within a factor of two of float16's end"
-    return 0.0, "fits" + (f", with {headroom:.0f} powers of two above its largest output" if largest else "")
+        return Cause(0.2, f"{_vanished(found, layer)}, which harms only what takes its logarithm or divides by it")
+    if output.largest() > _LARGEST / 2:
+        return Cause(0.3, f"fits, but its output reaches {output.largest():,.0f}, within a factor of two of float16's end")
+    return None
+
+
+def _subject(layer: Layer, site: Site) -> str:
+    calls = f" in call {site.call} of {len(layer.outputs)}" if len(layer.outputs) > 1 else ""
+    if layer.between:
+        return f"what {site.computed_by or 'the train step'} computes there itself, outside of any layer,{calls}"
+    return f"its output{calls}"
+
+
+def _remedy(layer: Layer) -> str:
+    return "compute it in float32" if layer.between else "hold it in float32"
