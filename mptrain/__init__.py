@@ -20,8 +20,6 @@ _HOMES = {
     "LossScaleOptimizer": "mptrain.loss_scale",
     "Optimizers": "mptrain.several_optimizers",
     "default_config": "mptrain.config",
-    "restore": "mptrain.earlier_run",
-    "grid": "mptrain.pictures",
     "run": "mptrain.runner",
     "InputError": "mptrain.errors",
     "RunError": "mptrain.errors",
