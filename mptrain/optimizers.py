@@ -92,11 +92,22 @@ def build(config: ConfigDict, total_steps: int, *, scaled: bool) -> LossScaleOpt
         total_steps: length of the run, for the schedule.
         scaled: whether the loss is scaled, as float16 needs; otherwise the scale is 1.
     """
+    return wrap(_inner(config, schedule(config, total_steps)), config, scaled=scaled)
+
+
+def wrap(inner, config: ConfigDict, *, scaled: bool) -> LossScaleOptimizer:
+    """Returns an optimizer of one's own with the loss scaling, clipping, accumulation and averaging that `config` describes.
+
+    Args:
+        inner: what a `LossScaleOptimizer` can wrap, such as a Keras optimizer.
+        config: the whole run's config: loss_scale is read, and optimizer but for the fields that describe `inner`.
+        scaled: whether the loss is scaled, as float16 needs; otherwise the scale is 1.
+    """
     options = config.loss_scale.to_dict()
     if not scaled:
         options.update(dynamic=False, initial_scale=1.0)
     return LossScaleOptimizer(
-        _inner(config, schedule(config, total_steps)),
+        inner,
         clip_norm=config.optimizer.clip_norm or None,
         accumulation_steps=config.optimizer.accumulation_steps,
         ema_momentum=config.optimizer.ema_momentum or None,

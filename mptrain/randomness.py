@@ -5,6 +5,8 @@ replicas, and that moves on when a step is skipped. Bound to the step, a generat
 same numbers in a run that was killed and resumed, and replicas draw different ones.
 """
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from mptrain import keras_compat
@@ -51,8 +53,15 @@ class StepRandomness(tf.Module):
         They depend on the seed, the step, the example's place in the global batch and the number of the call in the step,
         and not on the number of replicas.
         """
+        return self._per_example(tf.random.stateless_uniform, count)
+
+    def normal_per_example(self, count: int) -> tf.Tensor:
+        """Returns what `per_example` returns, from the standard normal distribution."""
+        return self._per_example(tf.random.stateless_normal, count)
+
+    def _per_example(self, distribution: Callable, count: int) -> tf.Tensor:
         replica = tf.distribute.get_replica_context()
-        numbers = tf.random.stateless_uniform([self._batch_size, count], self._folded(0))
+        numbers = distribution([self._batch_size, count], self._folded(0))
         share = self._batch_size // replica.num_replicas_in_sync
         first = replica.replica_id_in_sync_group * share
         return tf.ensure_shape(numbers[first : first + share], [share, count])

@@ -217,6 +217,24 @@ class RunFolder:
             raise InputError(f"--workdir={self.path} cannot be written to: {error.strerror}; name another folder") from error
 
 
+def saved_config(folder: str | os.PathLike) -> ConfigDict:
+    """Returns the config of the run in `folder`, with the precision that it came to.
+
+    Raises:
+        InputError: if that is no run's folder, or its config.json is damaged.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    try:
+        content = json.loads(path.read_text())
+        config = config_lib.from_fields(content["config"])
+        config.precision.policy = content["precision"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{folder} is not the folder of a run: it holds no {path.name}") from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}): name another run's folder") from error
+    return config
+
+
 def _replace(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(text)

@@ -12,6 +12,7 @@ from mptrain.metrics_log import MetricsLog
 from mptrain.numerics.provenance import Provenance
 from mptrain.numerics.tensorboard import Histograms
 from mptrain.orbit_import import orbit
+from mptrain.pictures import WritePictures
 from mptrain.run_folder import RunFolder
 from mptrain.trainer import Trainer
 
@@ -71,11 +72,12 @@ class TrainingRun:
         if trainer.config.numerics.provenance:
             trainer.investigate = Provenance(trainer, self._console, self._log)
         events = self._folder.events if trainer.workers.is_chief else lambda split: None
-        after_loop, after_evaluation = [], []
+        told = [WritePictures(trainer, events("eval")), actions.LogMetrics(trainer, self._log, "eval")]
+        after_loop, after_evaluation = [], told
         if mode != "eval":
             self._guard = actions.NanGuard(*parts)
             self._profile = actions.ProfileWindow(trainer, events("train"), self._console, self._log)
-            after_loop, after_evaluation = self._after_loop(events), self._after_evaluation()
+            after_loop, after_evaluation = self._after_loop(events), self._after_evaluation(told)
         return orbit.Controller(
             strategy=trainer.strategy,
             trainer=trainer,
@@ -85,7 +87,7 @@ class TrainingRun:
             summary_dir=None if mode == "eval" else events("train"),
             eval_summary_dir=events("eval"),
             train_actions=self._ending.holding_back(after_loop),
-            eval_actions=self._ending.holding_back(after_evaluation or [actions.LogMetrics(trainer, self._log, "eval")]),
+            eval_actions=self._ending.holding_back(after_evaluation),
         )
 
     def _after_loop(self, events) -> list[actions.Action]:
@@ -107,15 +109,15 @@ class TrainingRun:
             self._signals,
         ]
 
-    def _after_evaluation(self) -> list[actions.Action]:
-        """What follows each evaluation; the row says that the best is saved, and what comes behind it follows from the rows."""
+    def _after_evaluation(self, told: list[actions.Action]) -> list[actions.Action]:
+        """What follows each evaluation beside training; `told`: what tells of any, at last the row. The row says that the best is saved, and what comes behind it follows from the rows."""
         trainer, config = self._trainer, self._trainer.config
         best = [actions.KeepBest(trainer, self._checkpoints)] if config.checkpoint.keep_best else []
         plateau = [actions.ReduceOnPlateau(trainer, self._log, self._console)] if config.plateau.metric else []
         self._early_stop = actions.EarlyStop(trainer, self._log) if config.early_stop.metric else None
         return [
             *best,
-            actions.LogMetrics(trainer, self._log, "eval"),
+            *told,
             self._guard.after_evaluation,
             *plateau,
             actions.CustomActions(trainer, self._checkpoints, trainer.build_eval_actions()),
