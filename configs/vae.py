@@ -1,0 +1,18 @@
+"""Trains a variational autoencoder on MNIST, in mixed float16, and shows reconstructions and samples in TensorBoard."""
+
+from ml_collections import ConfigDict
+
+from mptrain import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.trainer = "experiments.vae.VaeTrainer"
+    config.model = ConfigDict({"latent": 20, "hidden": 400})
+    config.precision.policy = "mixed_float16"
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.schedule.name = "cosine"
+    config.data.batch_size = 128
+    config.train.epochs = 10.0
+    return config
