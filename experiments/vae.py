@@ -41,13 +41,13 @@ class VaeTrainer(mptrain.Trainer):
     def inputs(self, batch) -> dict[str, tf.Tensor]:
         """Returns images and noise; in evaluation always the same noise."""
         images = self.images(batch)
-        return {"images": images, "noise": batch["noise"] if "noise" in batch else self.fixed_noise(images.shape[0])}
+        return {"images": images, "noise": batch["noise"] if "noise" in batch else self.fixed_noise(tf.shape(images)[0])}
 
     @staticmethod
     def images(batch) -> tf.Tensor:
         return tf.cast(batch["inputs"], tf.float32) / 255.0
 
-    def fixed_noise(self, count: int) -> tf.Tensor:
+    def fixed_noise(self, count: int | tf.Tensor) -> tf.Tensor:
         return tf.random.stateless_normal([count, self.config.model.latent], [self.config.seed, 0])
 
     def compute_loss(self, batch, outputs) -> tf.Tensor:

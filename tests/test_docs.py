@@ -1,5 +1,8 @@
-"""What stands in docs/cluster.md is true as it stands there."""
+"""What stands in docs/ is true as it stands there."""
 
+import contextlib
+import inspect
+import io
 import os
 import re
 import subprocess
@@ -8,7 +11,7 @@ import sys
 import pytest
 import yaml
 
-from mptrain import config, config_check, default_config
+from mptrain import Trainer, config, config_check, default_config
 from tests.conftest import ROOT
 from tests.test_multi_worker import free_ports
 
@@ -74,3 +77,25 @@ def test_two_workers_by_hand_train(tmp_path):
     finished = subprocess.run(["bash", "-ec", script], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=200)
     assert finished.returncode == 0, finished.stderr
     assert "eval  step 20" in finished.stdout
+
+
+def test_extending_prints_what_stands_below_it_and_quotes_what_stands_in_the_experiments():
+    text = (ROOT / "docs" / "extending.md").read_text()
+    namespace = {}
+    for code, printed in re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?", text, re.DOTALL | re.MULTILINE):
+        quoted, _, rest = code.partition("\n")
+        if quoted.startswith("# experiments/"):
+            assert rest in (ROOT / quoted.removeprefix("# ")).read_text()
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(code, namespace)
+        assert output.getvalue() == printed
+
+
+def test_extending_lists_every_method_that_is_to_be_overridden():
+    text = (ROOT / "docs" / "extending.md").read_text()
+    for name in re.findall(r"^\| `(\w+)\(", text, re.MULTILINE):
+        assert hasattr(Trainer, name)
+    source = inspect.getsource(Trainer).partition("# What a researcher overrides")[2].partition("# What a researcher calls")[0]
+    for name in re.findall(r"^    def (\w+)", source, re.MULTILINE):
+        assert f"| `{name}(" in text
