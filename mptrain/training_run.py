@@ -110,7 +110,10 @@ class TrainingRun:
         ]
 
     def _after_evaluation(self, told: list[actions.Action]) -> list[actions.Action]:
-        """What follows each evaluation beside training; `told`: what tells of any, at last the row. The row says that the best is saved, and what comes behind it follows from the rows."""
+        """What follows each evaluation beside training.
+
+        The row, which ends `told`, says that the best is saved; what comes behind it follows from the rows.
+        """
         trainer, config = self._trainer, self._trainer.config
         best = [actions.KeepBest(trainer, self._checkpoints)] if config.checkpoint.keep_best else []
         plateau = [actions.ReduceOnPlateau(trainer, self._log, self._console)] if config.plateau.metric else []
