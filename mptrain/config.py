@@ -106,6 +106,7 @@ def default_config() -> ConfigDict:
     config.data.name = "mnist"  # mnist (embedded) | idx | npz | bytes (text) | synthetic | tfds:NAME
     config.data.dir = ""  # idx: folder; npz: folder or file; bytes: folder or file; tfds: its data folder, if not the usual
     config.data.pattern = "*"  # bytes: names of the files to take from the folder
+    config.data.exclude = ()  # bytes: names, with wildcards, of files and of folders inside it that are left out
     config.data.context = 256  # bytes: bytes in one example
     config.data.eval_fraction = 0.1  # bytes: share of the text, at its end, that is for evaluation
     config.data.examples = 60_000  # synthetic: how many, for training and for evaluation each

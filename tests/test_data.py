@@ -229,6 +229,16 @@ def test_text_is_cut_in_windows_and_its_end_is_for_evaluation(tmp_path, folder):
     assert batch["inputs"].dtype == tf.uint8
 
 
+def test_files_and_folders_that_are_excluded_are_no_part_of_the_text(tmp_path):
+    for name in ("a.py", "b/c.py", "b/tests/d.py", "tests/e.py", "test_f.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode() * 10)
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    config = group(name="bytes", dir=str(tmp_path), pattern="*.py", exclude=("tests", "test_*"), context=1)
+    batch = load(config, "train").open()(tf.range(70, dtype=tf.int64))
+    assert bytes(batch["inputs"].numpy().ravel()) == (b"a.py" * 10 + b"b/c.py" * 10)[:70]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"short"])
 def test_text_that_cannot_be_used_is_named(tmp_path, content):
     file = tmp_path / "text"

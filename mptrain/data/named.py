@@ -2,6 +2,7 @@
 
 import fnmatch
 import pathlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -32,7 +33,7 @@ def load(config: ConfigDict, split: str) -> AnySource:
     if config.name == "npz":
         return _npz(path, split)
     if config.name == "bytes":
-        return _bytes(path, split, config.pattern, config.context, config.eval_fraction)
+        return _bytes(config, path, split)
     if config.name == "synthetic":
         return SyntheticSource(config.examples, tuple(config.shape), config.classes, split)
     if config.name.startswith("tfds:"):
@@ -78,14 +79,25 @@ class _Windows:
         return {"inputs": window[:, :-1], "targets": window[:, 1:].astype(np.int32)}
 
 
-def _bytes(path: pathlib.Path, split: str, pattern: str, context: int, eval_fraction: float) -> IndexedSource:
+def _files(folder: pathlib.Path, pattern: str, exclude: Iterable[str]) -> Iterator[pathlib.Path]:
+    """Yields the files under a folder in an order that does not depend on the file system."""
+    for path in sorted(folder.iterdir()):
+        if any(fnmatch.fnmatch(path.name, name) for name in exclude):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _files(path, pattern, exclude)
+        elif path.is_file() and fnmatch.fnmatch(path.name, pattern):
+            yield path
+
+
+def _bytes(config: ConfigDict, path: pathlib.Path, split: str) -> IndexedSource:
     """Cuts a file, or all files under a folder one after another, in windows; the end of the text is for evaluation.
 
     A single file is mapped, not read, so it may be larger than the memory.
     """
     try:
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if fnmatch.fnmatch(f.name, pattern) and f.is_file())
+            files = _files(path, config.pattern, config.exclude)
             text = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
         else:
             text = np.memmap(path, np.uint8, mode="r")
@@ -94,14 +106,14 @@ def _bytes(path: pathlib.Path, split: str, pattern: str, context: int, eval_frac
         raise InputError(
             f"{path}: {reason}: set config.data.dir to a text file or to a folder of them (data.name='bytes')"
         ) from error
-    end = len(text) - int(len(text) * eval_fraction)
+    end = len(text) - int(len(text) * config.eval_fraction)
     part = text[:end] if split == "train" else text[end:]
-    if len(part) <= context:
+    if len(part) <= config.context:
         raise InputError(
-            f"{path} has {len(part)} bytes for {split}: data.context={context} needs more; look at config.data.dir, pattern and"
-            " eval_fraction"
+            f"{path} has {len(part)} bytes for {split}: data.context={config.context} needs more; look at config.data.dir,"
+            " pattern, exclude and eval_fraction"
         )
-    return IndexedSource(_Windows(part, context))
+    return IndexedSource(_Windows(part, config.context))
 
 
 class _Supervised:
