@@ -1,4 +1,4 @@
-"""Float32 kernels under float16 graphs, for CPUs.
+"""Float32 kernels under 16-bit graphs, for CPUs.
 
 TensorFlow's CPU kernels for float16 are one to two orders of magnitude slower than those for float32 (a convolution's
 filter gradient takes 400 times as long), and XLA's are no better. `float32_kernels()` rewrites every graph that is traced
@@ -6,6 +6,9 @@ inside it: an operation on float16 tensors becomes the same operation in float32
 back to float16. Every tensor keeps its dtype and its range: what was float16 still overflows at 65,520 and underflows below
 2**-25, the gradient of a float16 layer is float16. Only the arithmetic *inside* one operation is more exact than that of a
 float16 kernel, as it is on a GPU, whose matrix units multiply float16 and add in float32.
+
+TensorFlow's CPU kernels for bfloat16 are fast, and most add up in float32. The few that add up in bfloat16, in which
+256 + 1 is 256, are replaced too: the gradient of a bias in a convolution comes out of them 60 % off.
 
 The rewriting works on the traced graph, below Keras and below `tf.Module`, because nothing above it sees the backward pass.
 It needs two private doors of TensorFlow, both used in this file alone: the list of graph transforms that `tf.function` calls
@@ -35,6 +38,8 @@ _ROUNDED = frozenset(
     " SparseSoftmaxCrossEntropyWithLogits Sqrt SqrtGrad Square SquaredDifference Sub Sum Tanh TanhGrad"
     " UnsortedSegmentSum".split()
 )
+_ADDED_UP_IN_BFLOAT16 = frozenset("BiasAddGrad Cumsum Prod UnsortedSegmentSum".split())
+_SIXTEEN_BITS = (tf.float16, tf.bfloat16)
 # A convolution or product and the bias added to it are rounded once, as every fused kernel does.
 _FUSED_WITH_ADDITION = frozenset("Conv2D Conv3D DepthwiseConv2dNative MatMul BatchMatMulV2 BatchMatMulV3".split())
 
@@ -50,8 +55,8 @@ def float32_kernels() -> Iterator[None]:
 
 
 def _rewrite(graph: tf.Graph) -> None:
-    """Replaces the float16 operations of `graph` in place; the replaced ones lose their consumers and are pruned."""
-    old = [op for op in graph.get_operations() if _is_half(op)]
+    """Replaces the 16-bit operations of `graph` in place; the replaced ones lose their consumers and are pruned."""
+    old = [op for op in graph.get_operations() if _is_replaced(op)]
     if not old:
         return
     rewriting = _Rewriting(graph)
@@ -66,9 +71,10 @@ def _rewrite(graph: tf.Graph) -> None:
     graph.outputs = [rewriting.half.get(tensor.ref(), tensor) for tensor in graph.outputs]
 
 
-def _is_half(op: tf.Operation) -> bool:
+def _is_replaced(op: tf.Operation) -> bool:
+    dtypes = {tensor.dtype for tensor in (*op.inputs, *op.outputs)}
     known = op.type in _EXACT or op.type in _ROUNDED
-    return known and any(t.dtype == tf.float16 for t in (*op.inputs, *op.outputs))
+    return known and tf.float16 in dtypes or op.type in _ADDED_UP_IN_BFLOAT16 and tf.bfloat16 in dtypes
 
 
 class _Rewriting:
@@ -76,8 +82,8 @@ class _Rewriting:
 
     def __init__(self, graph: tf.Graph):
         self._graph = graph
-        self._wide = {}  # float16 tensor -> float32 tensor of the same values
-        self._unrounded = {}  # float16 result that may be added to -> float32 tensor before rounding
+        self._wide = {}  # 16-bit tensor -> float32 tensor of the same values
+        self._unrounded = {}  # 16-bit result that may be added to -> float32 tensor before rounding
         self.half = {}  # output of a replaced operation -> the tensor that replaces it
 
     def replace(self, op: tf.Operation) -> None:
@@ -90,16 +96,16 @@ class _Rewriting:
             inputs = [self._widened(tensor) for tensor in op.inputs]
             if _adds_bias(op):
                 inputs[0] = self._unrounded.get(op.inputs[0].ref(), inputs[0])
-            dtypes = [tf.float32 if t.dtype == tf.float16 else t.dtype for t in op.outputs]
+            dtypes = [tf.float32 if t.dtype in _SIXTEEN_BITS else t.dtype for t in op.outputs]
             new = self._graph.create_op(op.type, inputs, dtypes, attrs=_float32_attributes(op), name=f"{op.name}/float32")
             for before, after in zip(op.outputs, new.outputs, strict=True):
                 self._record(op, before, after)
 
     def _record(self, op: tf.Operation, before: tf.Tensor, after: tf.Tensor) -> None:
-        if before.dtype != tf.float16:
+        if before.dtype not in _SIXTEEN_BITS:
             self.half[before.ref()] = after
             return
-        rounded = tf.cast(after, tf.float16)
+        rounded = tf.cast(after, before.dtype)
         self.half[before.ref()] = rounded
         if _is_exact(op):
             self._wide[before.ref()] = after
@@ -110,7 +116,7 @@ class _Rewriting:
         self._wide[before.ref()] = tf.cast(rounded, tf.float32)
 
     def _widened(self, tensor: tf.Tensor) -> tf.Tensor:
-        if tensor.dtype != tf.float16:
+        if tensor.dtype not in _SIXTEEN_BITS:
             return self.half.get(tensor.ref(), tensor)
         if tensor.ref() not in self._wide:
             with self._graph.control_dependencies(None):  # shared by later users, so free of the first one's conditions
@@ -139,6 +145,6 @@ def _float32_attributes(op: tf.Operation) -> dict[str, attr_value_pb2.AttrValue]
     for name, value in op.node_def.attr.items():
         attributes[name] = attr_value_pb2.AttrValue()
         attributes[name].CopyFrom(value)
-        if value.type == types_pb2.DT_HALF:
+        if value.type in (types_pb2.DT_HALF, types_pb2.DT_BFLOAT16):
             attributes[name].type = types_pb2.DT_FLOAT
     return attributes

@@ -141,7 +141,7 @@ class Kernels:
 
     Attributes:
         jit_compile: whether XLA compiles the train step.
-        widen: whether float16 operations are computed in float32 and rounded (see `half_kernels`).
+        widen: whether 16-bit operations that are slow or inexact are computed in float32 and rounded (see `half_kernels`).
         reason: why, in one line.
         asked: whether the config says so; else it says "auto".
     """
@@ -183,7 +183,7 @@ def kernels(float16: bool, jit_compile: str | bool, strategy: tf.distribute.Stra
         reason = "float16 operations are computed in float32 and rounded; float16 kernels are slow on a CPU, XLA's too"
         return Kernels(False, True, reason, asked)
     reason = "XLA's convolutions are slower than TensorFlow's on a CPU" if on_cpu else "XLA only compiles where it is asked to"
-    return Kernels(False, False, "TensorFlow's kernels" if asked else reason, asked)
+    return Kernels(False, on_cpu, "TensorFlow's kernels" if asked else reason, asked)
 
 
 @dataclasses.dataclass(frozen=True)

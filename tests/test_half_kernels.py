@@ -154,6 +154,40 @@ def test_float32_and_bfloat16_graphs_are_left_as_they_are():
             assert operations(tf.function(product), x) == operations(tf.function(product), x)
 
 
+@pytest.mark.parametrize("layer", ["convolution", "product"])
+def test_bias_gradients_of_bfloat16_are_added_up_in_float32(layer):
+    rng = np.random.default_rng(0)
+    shapes = {"convolution": ((16, 24, 24, 4), (3, 3, 4, 12)), "product": ((32, 128, 4), (4, 12))}[layer]
+    x, kernel = (tf.constant(rng.normal(size=shape), tf.bfloat16) for shape in shapes)
+    wanted = rng.normal(size=12) + 0.3
+
+    def bias_gradient(dtype):
+        bias, weights = tf.zeros([12]), tf.cast(wanted, tf.float32)
+        with tf.GradientTape() as tape:
+            tape.watch(bias)
+            wide, narrow = tf.cast(x, dtype), tf.cast(kernel, dtype)
+            y = tf.nn.conv2d(wide, narrow, 1, "SAME") if layer == "convolution" else wide @ narrow
+            loss = tf.reduce_sum(tf.cast(tf.nn.bias_add(y, tf.cast(bias, dtype)), tf.float32) * weights)
+        return tape.gradient(loss, bias)
+
+    with float32_kernels():
+        ours = tf.function(bias_gradient)(tf.bfloat16)
+    np.testing.assert_allclose(ours, bias_gradient(tf.float32), rtol=2.0**-7)
+
+
+def test_sums_of_bfloat16_are_added_up_in_float32():
+    x = tf.ones([1000, 2], tf.bfloat16)
+
+    def sums(x):
+        return tf.cumsum(x)[-1], tf.math.unsorted_segment_sum(x, tf.zeros([1000], tf.int32), 1)[0]
+
+    with float32_kernels():
+        ours = tf.function(sums)(x)
+    for each in ours:
+        assert each.dtype == tf.bfloat16
+        assert each.numpy().tolist() == [1000, 1000]
+
+
 def test_nothing_is_rewritten_outside_the_context():
     with float32_kernels():
         pass

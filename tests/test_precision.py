@@ -182,7 +182,7 @@ def test_no_float16_run_on_a_cpu_takes_the_slow_kernels(mirrored):
         assert chosen.widen
         assert not chosen.jit_compile
         assert precision.kernels(True, False, mirrored(replicas)).widen
-    assert not precision.kernels(False, "auto", mirrored(1)).widen
+    assert precision.kernels(False, "auto", mirrored(1)).widen  # for what bfloat16 adds up; float32 graphs stay as they are
 
 
 @pytest.mark.parametrize(
