@@ -258,6 +258,11 @@ def test_synthetic_examples_are_a_function_of_their_number_whatever_the_size():
     assert left["inputs"].shape == [3, 4, 4, 3]
 
 
+def test_synthetic_examples_are_taken_for_a_source_as_a_trainer_takes_them():
+    source = load(group(name="synthetic", examples=10), "train")
+    assert as_source(source) is source
+
+
 def test_synthetic_noise_is_uniform_and_differs_between_examples_and_splits():
     train, evaluation = (load(group(name="synthetic", shape=(50,), classes=1), split) for split in ("train", "eval"))
     index = tf.range(2000, dtype=tf.int64)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow as tf
@@ -146,7 +147,20 @@ class DatasetSource:
         return {name: tensor[:1] for name, tensor in next(iter(self.dataset)).items()}
 
 
-AnySource = Source | IndexedSource | DatasetSource
+@runtime_checkable
+class NumberedSource(Protocol):
+    """What `Source`, `IndexedSource` and `SyntheticSource` have in common: examples that are read by their number."""
+
+    spec: Mapping[str, tf.TensorSpec]
+
+    def __len__(self) -> int: ...
+
+    def open(self) -> Callable[[tf.Tensor], Batch]: ...
+
+    def first(self) -> Batch: ...
+
+
+AnySource = NumberedSource | DatasetSource
 
 
 def as_source(examples) -> AnySource:
