@@ -201,7 +201,7 @@ def default_config() -> ConfigDict:
     config.parity = ConfigDict()  # --mode=parity
     config.parity.steps = 200  # that each precision is trained
     config.parity.precisions = ()  # of native, mixed_float16, mixed_bfloat16; (): the run's own, or both of a float32 run
-    config.parity.every_steps = 10  # each so many weights and gradients are compared; 8 bytes a parameter on disk meanwhile
+    config.parity.every_steps = 10  # each so many are compared; takes 8 bytes a parameter on disk each, for as long as it runs
     # Relative error above which two runs have parted: gradients of healthy networks showed up to 0.09, planted faults 0.8 on.
     config.parity.bound = 0.25
 

@@ -17,6 +17,19 @@ def one_line(error: Exception) -> str:
     return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
 
 
+# Begin lines of TensorFlow's and Keras's messages that say where an error was raised, and not what it is.
+_FRAMING = ("Graph execution error", "Detected at node", "<stack traces", "[[{{node", "[[node", "File ", "in user code")
+
+
+def reason(error: Exception) -> str:
+    """Returns one line that says what any error is."""
+    if isinstance(error, InputError | RunError):
+        return one_line(error)
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(_FRAMING)]
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
 _speaker = ""  # this process among several workers
 
 

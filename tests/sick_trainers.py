@@ -1,5 +1,8 @@
 """Trainers with one planted numerical fault each, for the reports that must find it."""
 
+import os
+import signal
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -163,6 +166,115 @@ class PassingOnTrainer(LoudTrainer):
     def middle(self):
         first, loud, quiet = super().middle()
         return [first, loud, keras.layers.Activation("linear", name="nothing"), quiet]
+
+
+class MaskTrainer(VectorTrainer):
+    """`mask` takes half of the scores out of a softmax: by what is infinite in float16 alone, and does no harm there."""
+
+    minus = -1e9
+
+    def middle(self):
+        first, second = super().middle()
+        mask = keras.layers.Lambda(lambda x: x + tf.constant([0.0, self.minus] * 16, x.dtype), name="mask")
+        return [first, mask, keras.layers.Softmax(name="softmax"), second]
+
+
+class InfiniteMaskTrainer(MaskTrainer):
+    """MaskTrainer, infinite in float32 too."""
+
+    minus = -np.inf
+
+
+@tf.custom_gradient
+def _steep(x):
+    return tf.identity(x), lambda gradient: gradient * tf.constant(6e4, gradient.dtype) * tf.constant(6e4, gradient.dtype)
+
+
+class SteepTrainer(VectorTrainer):
+    """The gradient of `second` passes 65,504 on its way back, whatever the loss scale is; all outputs are small."""
+
+    def middle(self):
+        return [*super().middle(), keras.layers.Lambda(_steep, name="steep")]
+
+
+class CastingModule(tf.Module):
+    """Computes in float16 by itself, and names its weights as `np.savez` names its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        draw = tf.random.stateless_normal
+        self.file = tf.Variable(draw([16, 32], [1, 2]) * 0.2, name="file")
+        self.last = tf.Variable(draw([32, 3], [3, 4]) * 0.2, name="last")
+
+    def __call__(self, x, training=False):
+        with tf.name_scope("hidden"):
+            x = tf.nn.relu(tf.cast(x, tf.float16) @ tf.cast(self.file, tf.float16))
+        return tf.cast(x, tf.float32) @ self.last
+
+
+class CastingTrainer(VectorTrainer):
+    def build_model(self):
+        return CastingModule()
+
+
+class CentredModule(tf.Module):
+    """A bias before a normalization, which takes it off again: its gradient is rounding errors in every precision."""
+
+    def __init__(self):
+        super().__init__()
+        draw = tf.random.stateless_normal
+        self.first = tf.Variable(draw([16, 32], [1, 2]) * 0.2, name="first")
+        self.bias = tf.Variable(tf.zeros([32]), name="bias")
+        self.last = tf.Variable(draw([32, 3], [3, 4]) * 0.2, name="last")
+
+    def __call__(self, x, training=False):
+        x = x @ tf.cast(self.first, x.dtype) + tf.cast(self.bias, x.dtype)
+        x = x - tf.reduce_mean(x, 0, keepdims=True)
+        x = tf.nn.relu(x * tf.math.rsqrt(tf.reduce_mean(x * x, 0, keepdims=True) + tf.constant(1e-3, x.dtype)))
+        return tf.cast(x, tf.float32) @ self.last
+
+
+class CentredTrainer(VectorTrainer):
+    def build_model(self):
+        return CentredModule()
+
+
+class TwoOptimizersTrainer(VectorTrainer):
+    """Trains its first layer by an optimizer of Keras's own, and evaluates to a metric that the training has not."""
+
+    def build_model(self):
+        model = super().build_model()
+        self.plain = keras.optimizers.SGD(0.01)
+        self.plain.build(model.layers[0].trainable_variables)
+        return model
+
+    def replica_train_step(self, batch):
+        with tf.GradientTape() as tape:
+            outputs = self.precision.cast_to_output(self.model(self.precision.cast_to_compute(batch["inputs"])))
+            loss = self.reduce_loss(self.compute_loss(batch, outputs))
+            scaled_loss = self.optimizer.get_scaled_loss(loss)
+        gradients = self.optimizer.get_unscaled_gradients(tape.gradient(scaled_loss, self.trainable_variables))
+        pairs = list(zip(gradients, self.trainable_variables, strict=True))
+        self.plain.apply_gradients(pairs[:2])
+        applied = self.optimizer.apply_gradients(pairs[2:])
+        self.update_metrics(batch, outputs, loss)
+        return applied
+
+    def eval_end(self):
+        return super().eval_end() | {"distance": tf.constant(2.5)}
+
+
+class CrashingTrainer(VectorTrainer):
+    """Is killed in float16, and fails in TensorFlow in bfloat16."""
+
+    def replica_train_step(self, batch):
+        if self.precision.name == "mixed_float16":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.precision.name == "mixed_bfloat16":
+            columns = tf.cast(self.global_step, tf.int32) + 2
+            nothing = tf.reduce_sum(tf.ones([3, 1]) @ tf.ones([columns, 1]))
+            batch = batch | {"inputs": batch["inputs"] + nothing}
+        return super().replica_train_step(batch)
 
 
 class PickyTrainer(VectorTrainer):

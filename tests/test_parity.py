@@ -1,6 +1,10 @@
 """The parity run on cases with a known answer: who follows float32, who parts from it, where first, and who shows nothing."""
 
 import json
+import os
+import pathlib
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -8,11 +12,15 @@ import tensorflow as tf
 
 import mptrain
 from mptrain import InputError, config_check, runner
-from mptrain.numerics.parity.run import relative_error
+from mptrain.errors import reason
+from mptrain.numerics.parity import mode
+from mptrain.numerics.parity.reference import by_layer, relative_error
+from mptrain.numerics.parity.run import Schedule, compared_batches
 from mptrain.numerics.parity.same_noise import same_noise
 from mptrain.numerics.parity.verdicts import Evidence, judge
 from mptrain.numerics.probe import Probe
 from tests.parity_reports import parity_config, report_of, row
+from tests.runs import launch
 
 HALF, BRAIN = {"parity.precisions": ("mixed_float16",)}, {"parity.precisions": ("mixed_bfloat16",)}
 
@@ -60,6 +68,51 @@ def test_gradients_that_vanish_part_float16_and_not_bfloat16(tmp_path):
     assert (parting["step"], parting["kind"], parting["layer"]) == (0, "gradient", "sequential/second")
     assert parting["error"] > 0.5
     assert row(report, "mixed_bfloat16")["status"] == "follows"
+
+
+@pytest.mark.parametrize(("trainer", "precision"), [("MaskTrainer", "mixed_float16"), ("InfiniteMaskTrainer", "native")])
+def test_infinite_output_that_spoils_nothing_or_is_in_float32_too_is_no_parting(tmp_path, trainer, precision):
+    report = report_of(parity_config(trainer, steps=10, **{"parity.precisions": (precision,)}), tmp_path)
+    assert (row(report, precision)["status"], row(report, precision)["parting"]) == ("follows", None)
+
+
+def test_overflow_on_the_way_back_that_no_loss_scale_cures_is_named_by_its_layer(tmp_path):
+    report = report_of(parity_config("SteepTrainer", steps=20, **HALF), tmp_path)
+    half = row(report, "mixed_float16")
+    assert half["parting"] == {"step": 0, "kind": "gradient", "layer": "sequential/second", "error": None}
+    assert "skipped 20 of 20 steps" in half["verdict"]
+
+
+def test_following_a_float32_run_that_casts_to_float16_itself_is_no_evidence(tmp_path):
+    report = report_of(parity_config("CastingTrainer", **{"parity.precisions": ("native",)}), tmp_path)
+    assert report["layers"] == ["file", "last"]
+    native = row(report, "native")
+    words = "no evidence: float32's own run computes hidden in 16 bits, as the model asks"
+    assert (native["status"], native["verdict"]) == ("no evidence", words)
+
+
+def test_gradient_that_is_rounding_errors_in_float32_too_is_measured_by_the_whole(tmp_path):
+    report = report_of(parity_config("CentredTrainer", steps=10), tmp_path)
+    assert [each["status"] for each in report["runs"][1:]] == ["follows", "follows"]
+
+
+def test_layer_whose_gradient_passes_by_is_told_and_an_evaluations_own_metric_shown(tmp_path):
+    report = report_of(parity_config("TwoOptimizersTrainer", steps=10, **HALF), tmp_path)
+    half = row(report, "mixed_float16")
+    assert half["verdict"].endswith("; the gradients of sequential/first could not be seen")
+    first, *others = report["gradients"]["mixed_float16"]
+    assert first is None
+    assert np.max(others) < report["bound"]
+    assert len(report["weights"]["mixed_float16"]) == 3
+    assert half["final"]["distance"] == 2.5
+
+
+def test_batches_looked_at_are_those_trained_on_also_of_a_dataset_that_shuffles(tmp_path):
+    trainer = runner.build_trainer(parity_config("tests.trainers.DatasetTrainer"))
+    trained = [batch["inputs"] for _, batch in zip(range(15), trainer.training_batches.open(0), strict=False)]
+    schedule = Schedule(first=0, steps=14, every=7, window=1)
+    looked_at = [batch["inputs"] for batch in compared_batches(trainer, schedule)]
+    np.testing.assert_array_equal(looked_at, [trained[0], trained[7], trained[14]])
 
 
 def test_float32_that_does_not_learn_is_no_evidence_whatever_the_others_do(tmp_path):
@@ -137,6 +190,13 @@ def test_relative_error_of_nothing_is_nothing_or_all():
     assert np.isnan(relative_error(np.inf, 1.0))
 
 
+def test_error_of_a_layer_below_the_noise_is_measured_by_the_whole():
+    layers = [{"path": "a", "variables": ["a"]}, {"path": "b", "variables": ["b"]}, {"path": "c", "variables": ["c"]}]
+    pairs = {"a": (1.0, 100.0), "b": (1.0, 1e-20)}
+    assert by_layer(pairs, layers, noise=1e-6) == {"a": 0.1, "b": 0.1}
+    assert by_layer(pairs, layers)["b"] == pytest.approx(1e10)
+
+
 @pytest.mark.parametrize(
     ("losses", "moved"),
     [
@@ -162,7 +222,7 @@ def made_up(losses, gradients=0.0, weights=0.0, **more):
     found = {"curves": {"loss": losses}, "layers": ["a", "b"], "skipped": [], "dynamic": True, "window": 1}
     found["gradients"] = [dict.fromkeys("ab", gradients)] * 3
     found["weights"] = [dict.fromkeys("ab", weights)] * 3
-    return found | {"nonfinite": [None] * 3} | more
+    return found | {"nonfinite": [[]] * 3, "in_16_bits": None} | more
 
 
 def judged(run, losses):
@@ -187,6 +247,13 @@ def test_overflow_that_the_loss_scale_cures_is_a_skipped_step_and_no_parting():
     assert (static.status, static.parting.layer) == ("parts", "b")  # the first in backward order
 
 
+def test_parting_from_a_float32_run_that_is_not_all_float32_is_evidence():
+    apart, reference = made_up(FALLING, gradients=0.5), made_up(FALLING, in_16_bits="embedding")
+    evidence = Evidence.of(FALLING, range(100), 100)
+    assert judge(apart, reference, evidence, range(100), [0, 50, 100], 0.25).status == "parts"
+    assert judge(made_up(FALLING), reference, evidence, range(100), [0, 50, 100], 0.25).status == "no evidence"
+
+
 def test_loss_that_parts_or_is_gone_for_a_tenth_of_the_run_is_named_with_its_step():
     apart = judged(made_up([*FALLING[:50], *[1.0] * 50]), FALLING)
     assert (apart.status, apart.parting.kind) == ("parts", "loss")
@@ -209,6 +276,25 @@ def test_loss_that_parts_or_is_gone_for_a_tenth_of_the_run_is_named_with_its_ste
 def test_wrong_field_is_refused_with_what_to_write(field, value, message):
     with pytest.raises(InputError, match=message):
         config_check.validate(parity_config("VectorTrainer", **{field: value}))
+
+
+def test_disk_that_is_too_small_is_told_before_anything_is_trained(tmp_path):
+    config = parity_config("VectorTrainer", steps=10**12, **{"parity.every_steps": 1})
+    with pytest.raises(InputError, match=r"--mode=parity needs [\d,]+\.\d GB in .* write a larger config.parity.every_steps"):
+        mode.parity(runner.build_trainer(config), tmp_path / "report", None)
+    assert list((tmp_path / "report").iterdir()) == []
+
+
+def test_error_of_tensorflow_is_told_by_the_line_that_says_it():
+    @tf.function(input_signature=[tf.TensorSpec([None, None]), tf.TensorSpec([None, None])], autograph=False)
+    def multiply(a, b):
+        return a @ b
+
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        multiply(tf.ones([2, 3]), tf.ones([2, 3]))
+    assert reason(caught.value).startswith("InvalidArgumentError: Matrix size-incompatible")
+    assert reason(InputError("write another")) == "write another"
+    assert reason(MemoryError()) == "MemoryError"
 
 
 def test_several_hosts_are_refused_in_one_line(tmp_path):
@@ -238,3 +324,35 @@ def test_run_from_a_checkpoint_tells_a_failed_precision_and_leaves_the_run_as_it
     printed = capsys.readouterr().out
     assert "mixed_float16: follows float32" in printed or "mixed_float16: no evidence" in printed
     assert "the report is" in printed
+
+
+def precisions_of(process):
+    """The ids of the processes in which a parity run trains now."""
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [pid for pid in children if b"parity.child" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_leaves_no_process_and_no_file(tmp_path, number, status):
+    config = tmp_path / "tiny.py"
+    config.write_text(
+        "from tests.parity_reports import parity_config\n\ndef get_config():\n    return parity_config('VectorTrainer')\n"
+    )
+    process = launch(config, tmp_path / "run", "--mode=parity")
+    while process.poll() is None and not (found := precisions_of(process)):
+        time.sleep(0.5)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in errors) == (status, False)
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in found)
+    assert os.listdir(tmp_path / "run" / "report") == []
+
+
+@pytest.mark.slow
+def test_precision_whose_process_is_killed_is_told_and_the_others_go_on(tmp_path):
+    config = parity_config("CrashingTrainer", steps=5, **{"precision.policy": "float32"})
+    mptrain.run(config, tmp_path / "run", "parity")
+    report = json.loads((tmp_path / "run" / "report" / "parity.json").read_text())
+    assert row(report, "mixed_float16")["verdict"] == ("failed: its process was ended by SIGKILL, as where the memory runs out")
+    assert row(report, "mixed_bfloat16")["verdict"].startswith("failed: InvalidArgumentError: Matrix size-incompatible")

@@ -152,6 +152,13 @@ def test_map_shows_each_error_by_the_bound_and_frames_where_a_run_parts(opened):
     ]
 
 
+def test_layer_whose_gradients_were_not_seen_says_so(opened):
+    report = parted()
+    report["gradients"]["mixed_float16"] = [None, [0.02] * 11]
+    browser = opened(report)
+    assert browser.texts(".errors [role=cell]")[:2] == ["not seen", "2 %"]
+
+
 def test_map_of_many_layers_is_scrolled_to_where_the_run_parts(opened):
     browser = opened(deep())
     inside = """const map = document.querySelector(".errors").getBoundingClientRect();
@@ -190,9 +197,13 @@ def test_script_and_python_write_numbers_alike(opened, value):
 
 def test_table_in_the_terminal_has_a_row_for_each_precision():
     console = rich.console.Console(width=120, no_color=True)
+    more = parted()
+    more["runs"][0]["final"] = {**more["runs"][0]["final"], "distance": 2.5}
     with console.capture() as capture:
         console.print(table(parted()))
+        console.print(table(more))
         console.print(table(failed()))
     lines = [line.split() for line in capture.get().splitlines()]
     assert ["mixed_float16", "0.05", "0.99", "20", "0.50", "1,024", "80"] in lines
+    assert ["float32", "0.05", "0.99", "2.5", "20", "1.00", "1,024", "0"] in lines
     assert ["mixed_float16", *"––––––"] in lines

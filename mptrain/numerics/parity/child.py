@@ -14,8 +14,8 @@ from absl import logging
 
 from mptrain import config as config_lib
 from mptrain import devices, runner
-from mptrain.errors import InputError, RunError, one_line
-from mptrain.numerics.parity.mode import CONFIG, PROGRESS
+from mptrain.errors import reason
+from mptrain.numerics.parity.mode import CONFIG, FAILED, PROGRESS
 from mptrain.numerics.parity.run import train
 
 
@@ -44,5 +44,5 @@ if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
     try:
         main(pathlib.Path(sys.argv[1]), sys.argv[2])
-    except (InputError, RunError) as error:
-        sys.exit(one_line(error))
+    except Exception as error:
+        sys.exit(f"\n{FAILED}{reason(error)}")

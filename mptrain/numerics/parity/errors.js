@@ -55,6 +55,10 @@ function tipOfStrip(picture, layer, errors) {
 }
 
 function row(layer, errors, framed) {
+  if (errors === null) {
+    const name = html("span", { class: "layer", role: "rowheader", title: layer }, layer);
+    return html("div", { class: "row", role: "row" }, name, html("span", { class: "quiet", role: "cell" }, "not seen"));
+  }
   const picture = strip(errors, framed);
   tipOfStrip(picture, layer, errors);
   const worst = worstOf(errors);

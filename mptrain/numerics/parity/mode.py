@@ -23,6 +23,7 @@ from mptrain.numerics.parity.table import table
 
 CONFIG = "fields.pickle"  # a pickle, because JSON would make lists of the tuples in config.model
 PROGRESS = "mptrain parity: "  # begins a line that says how far a process is
+FAILED = "mptrain parity failed: "  # begins the line that says why a process ends
 
 
 def parity(trainer, folder: pathlib.Path, console: Console) -> dict[str, float]:
@@ -37,12 +38,13 @@ def parity(trainer, folder: pathlib.Path, console: Console) -> dict[str, float]:
         "precisions", and how many of them "follow", "part" and "failed".
 
     Raises:
-        InputError: on a TPU, which one process keeps from all others.
+        InputError: on a TPU, which one process keeps from all others, or where the disk is too small.
         RunError: if float32 fails.
     """
     if isinstance(trainer.strategy, tf.distribute.TPUStrategy):
         raise InputError("--mode=parity trains in several processes, which cannot share a TPU: run it on GPUs or CPUs")
     folder.mkdir(parents=True, exist_ok=True)
+    _check_disk(trainer, folder)
     work = pathlib.Path(tempfile.mkdtemp(prefix=".parity-", dir=folder))
     try:
         run.write_start(trainer, work)
@@ -80,6 +82,16 @@ def precisions(trainer) -> tuple[str, ...]:
     return (own,) if own != run.REFERENCE else ("mixed_float16", "mixed_bfloat16")
 
 
+def _check_disk(trainer, folder: pathlib.Path) -> None:
+    compared = run.Schedule.of(trainer.config, int(trainer.global_step.numpy())).compared_count
+    needed, free = run.bytes_on_disk(trainer, compared), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"--mode=parity needs {needed / 1e9:,.1f} GB in {folder} for the weights and gradients of {compared:,} compared"
+            f" steps, and {free / 1e9:,.1f} GB are free: write a larger config.parity.every_steps, or another --workdir"
+        )
+
+
 def _in_process(work: pathlib.Path, name: str, to_do: int, console: Console) -> dict | str:
     with _started(work, name) as process:
         counts = (int(line.removeprefix(PROGRESS)) for line in process.stdout if line.startswith(PROGRESS))
@@ -100,7 +112,7 @@ def _started(work: pathlib.Path, name: str) -> Iterator[subprocess.Popen]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "mptrain.numerics.parity.child", str(work), name]
     with open(work / f"{name}.stderr", "w") as errors:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, errors="replace")
     try:
         yield process
     finally:
@@ -112,4 +124,6 @@ def _reason(status: int, errors: str) -> str:
     if status < 0:
         killed = f"its process was ended by {signal.Signals(-status).name}"
         return f"{killed}, as where the memory runs out" if -status == signal.SIGKILL else killed
-    return (errors.strip().splitlines() or [f"its process ended with status {status}"])[-1]
+    lines = errors.strip().splitlines() or [f"its process ended with status {status}"]
+    told = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
+    return (told or lines)[-1]

@@ -65,6 +65,6 @@ def _row(name: str, run: dict | None, reference: dict, verdict: Verdict | None) 
     }
 
 
-def _rows(errors: Sequence[Mapping[str, float | None]], layers: Sequence[str]) -> list[list[float | None]]:
-    """Returns relative errors as [layers][compared steps]."""
-    return [[at_step[path] for at_step in errors] for path in layers]
+def _rows(errors: Sequence[Mapping[str, float | None]], layers: Sequence[str]) -> list[list[float | None] | None]:
+    """Returns relative errors as [layers][compared steps]; None for a layer of which none was seen."""
+    return [[at_step[path] for at_step in errors] if path in errors[0] else None for path in layers]

@@ -5,25 +5,27 @@ process holds two models, and only numbers leave it.
 """
 
 import dataclasses
-import itertools
 import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mptrain import keras_compat, tensor_file
-from mptrain.numerics.collection import first_nonfinite
+from mptrain import data, keras_compat, tensor_file
+from mptrain.errors import RunError
 from mptrain.numerics.parity.memory import peak_gpu_memory, peak_memory
+from mptrain.numerics.parity.reference import MODEL, Reference, by_layer
 from mptrain.numerics.parity.same_noise import same_noise
 from mptrain.numerics.probe import Probe, Sight
 from mptrain.numerics.recorder import OUTPUT, WEIGHT
 
 REFERENCE = "float32"
+_NOISE = 1e-7  # of the whole gradient's norm: what float32 computes in a layer below that are its rounding errors
+_NOT_FINITE = 1  # its place in what `tally.count` counts
 _TIMED_LOOPS = 3
 _TIMED_SHARE = 1 / 8  # of the steps, in each of these loops
 # What a run that scales its loss takes from a start that scaled its own, and only then.
@@ -66,12 +68,25 @@ class Schedule:
         """The steps before which weights are compared, and on whose batches gradients are; the run's end among them."""
         return [*range(self.first, self.last, self.every), self.last]
 
+    @property
+    def compared_count(self) -> int:
+        """How many these are; they need not fit into memory for that."""
+        return len(range(self.first, self.last, self.every)) + 1
+
 
 def write_start(trainer, folder: pathlib.Path) -> None:
     """Writes the state from which every precision starts to `folder`/start."""
     (folder / "start").mkdir(parents=True)
     state = {path: v.numpy() for path, v in trainer.state.items() if trainer.uses_float16 or not path.endswith(_SCALING)}
     tensor_file.write(folder / "start", state)
+
+
+def bytes_on_disk(trainer, compared: int) -> int:
+    """Returns what the start, and float32's weights and gradients of so many steps, take on disk."""
+    size = {path: variable.dtype.size * math.prod(variable.shape) for path, variable in trainer.state.items()}
+    model = sum(size[path] for path in size if path.startswith(MODEL))
+    trained = sum(4 * math.prod(variable.shape) for variable in trainer.trainable_variables)
+    return sum(size.values()) + compared * (model + trained)
 
 
 def train(build: Callable, config: ConfigDict, folder: pathlib.Path, precision: str, done: Callable[[int], None]) -> dict:
@@ -93,28 +108,35 @@ def train(build: Callable, config: ConfigDict, folder: pathlib.Path, precision: 
     schedule = Schedule.of(config, int(start["step"]))
     cost = _cost(_started(build, config, start), schedule)
     trainer = _started(build, config, start)
-    against = _Reference(folder, trainer, writes=precision == REFERENCE)
+    against = Reference(folder, trainer, writes=precision == REFERENCE)
     with same_noise():
         found = _train(trainer, schedule, against, done)
         final = trainer.evaluate(tf.constant(trainer.eval_steps))
-        gradients, nonfinite, layers = _look(trainer, schedule, against, found["scales"], done)
+        seen = _look(trainer, schedule, against, found["scales"], done)
+    layers = seen["layers"]
     return {
         "precision": trainer.precision.name,
         "window": schedule.window,
         "dynamic": bool(trainer.uses_float16 and config.loss_scale.dynamic),
         "curves": found["curves"],
         "skipped": found["skipped"],
-        "final": final,
+        "final": {name: float(value) for name, value in final.items()},
         "layers": [layer["path"] for layer in layers],
-        "weights": [_by_layer(pairs, layers) for pairs in found["weights"]],
-        "gradients": [_by_layer(pairs, layers) for pairs in gradients],
-        "nonfinite": nonfinite,
+        "weights": [by_layer(pairs, layers) for pairs in found["weights"]],
+        "gradients": [by_layer(pairs, layers, _NOISE) for pairs in seen["gradients"]],
+        "nonfinite": seen["nonfinite"],
+        "in_16_bits": seen["in_16_bits"],
         **cost,
     }
 
 
 def _started(build: Callable, config: ConfigDict, start: Mapping[str, np.ndarray]):
     trainer = build(config)
+    missing = [path for path in trainer.state if path.startswith(MODEL) and path not in start]
+    if missing:
+        raise RunError(
+            f"the model has a variable {missing[0]!r} that the run's own precision does not have: give both the same"
+        )
     for path, variable in trainer.state.items():
         if path in start and (trainer.uses_float16 or not path.endswith(_SCALING)):
             variable.assign(start[path])
@@ -140,16 +162,17 @@ def _cost(trainer, schedule: Schedule) -> dict:
     }
 
 
-def _train(trainer, schedule: Schedule, against: "_Reference", done: Callable[[int], None]) -> dict:
+def _train(trainer, schedule: Schedule, against: "Reference", done: Callable[[int], None]) -> dict:
     """Trains update by update, so that each has its loss, and notes the weights of the compared steps."""
     curves, skipped, weights, scales = {name: [] for name in trainer.metrics}, [], [], []
+    compared = set(schedule.compared)
 
     def compare(step: int) -> None:
         weights.append(against.of_weights(step))
         scales.append(float(trainer.optimizer.loss_scale))
 
     for step in schedule.updates:
-        if step in schedule.compared:
+        if step in compared:
             compare(step)
         before = int(trainer.optimizer.skipped_steps)
         outputs = trainer.train(tf.constant(schedule.window))
@@ -162,109 +185,63 @@ def _train(trainer, schedule: Schedule, against: "_Reference", done: Callable[[i
     return {"curves": curves, "skipped": skipped, "weights": weights, "scales": scales}
 
 
-def _look(trainer, schedule: Schedule, against: "_Reference", scales: list[float], done: Callable) -> tuple[list, list, list]:
+def _look(trainer, schedule: Schedule, against: Reference, scales: list[float], done: Callable[[int], None]) -> dict:
     """Computes the step of each compared batch at float32's weights, at the loss scale that the run itself had come to.
 
     At float32's weights and not at the run's own, because these drift apart in every run, and the gradients with them: what is
     left is what the precision does to one step.
 
     Returns:
-        For each compared step {path of a variable: `squares` of its gradient} and the path of the first output that is not
-        finite or None; and the layers.
+        Of each compared step "gradients", {path of a variable: `squares` of its gradient}, and "nonfinite", the paths of the
+        outputs that are not finite, in forward order. Of all "layers" and "in_16_bits", where the model computes in 16 bits.
     """
-    probe, batches, at = Probe(trainer, gradients=True), trainer.training_batches.open(schedule.first), schedule.first
-    gradients, nonfinite = [], []
-    for number, (step, scale) in enumerate(zip(schedule.compared, scales, strict=True), start=1):
-        *_, batch = itertools.islice(batches, step - at + 1)
-        at = step + 1
+    probe, gradients, nonfinite = Probe(trainer, gradients=True), [], []
+    batches = compared_batches(trainer, schedule)
+    for number, (step, scale, batch) in enumerate(zip(schedule.compared, scales, batches, strict=True), start=1):
         against.restore(step)
         sight = probe(batch, step=step, loss_scale=scale)
         gradients.append(against.of_gradients(step, sight))
         nonfinite.append(_nonfinite(sight))
         done(schedule.steps + number)
-    return gradients, nonfinite, _layers(sight)
+    layers, in_16_bits = _layers(trainer, sight), _in_16_bits(trainer, sight)
+    return {"gradients": gradients, "nonfinite": nonfinite, "layers": layers, "in_16_bits": in_16_bits}
 
 
-class _Reference:
-    """float32's weights and gradients on disk: written by its own run, compared with by the others.
+def compared_batches(trainer, schedule: Schedule) -> Iterator[dict]:
+    """Yields the batch of each compared step, as the run was trained on it.
 
-    Args:
-        folder: that they lie in.
-        trainer: whose weights they are or are compared with.
-        writes: whether this is float32's run.
+    From a source that is built anew: a second iterator of a user's own dataset shuffles on from where its first one is.
     """
-
-    def __init__(self, folder: pathlib.Path, trainer, writes: bool):
-        self._folder = folder
-        self._writes = writes
-        self._model = {path: v for path, v in trainer.state.items() if path.startswith(("model/", "trainer/"))}
-        places = {id(variable): path for path, variable in self._model.items()}
-        trained = keras_compat.variables_by_path(trainer.trainable_variables)
-        self._trained = {path: places[id(variable)] for path, variable in trained.items()}
-
-    def restore(self, step: int) -> None:
-        """Gives the model the weights that float32 had before `step`."""
-        with np.load(self._file("weights", step)) as saved:
-            for path, variable in self._model.items():
-                variable.assign(saved[path])
-
-    def of_weights(self, step: int) -> dict[str, tuple]:
-        """Returns {path of a trained variable: `squares`}; nothing in float32's own run, which writes them."""
-        if self._writes:
-            np.savez(self._file("weights", step), **{path: variable.numpy() for path, variable in self._model.items()})
-            return {}
-        with np.load(self._file("weights", step)) as saved:
-            return {path: squares(self._model[place].numpy(), saved[place]) for path, place in self._trained.items()}
-
-    def of_gradients(self, step: int, sight: Sight) -> dict[str, tuple]:
-        """Returns the same for the gradients that a sight brought."""
-        if self._writes:
-            np.savez(self._file("gradients", step), **sight.gradients)
-            return {}
-        with np.load(self._file("gradients", step)) as saved:
-            return {path: squares(gradient, saved[path]) for path, gradient in sight.gradients.items() if path in saved}
-
-    def _file(self, kind: str, step: int) -> pathlib.Path:
-        return self._folder / f"{kind}-{step}.npz"
+    config, compared = trainer.config, set(schedule.compared)
+    keras_compat.seed_everything(config.seed)
+    source = data.as_source(trainer.build_source("train"))
+    batches = data.TrainingBatches(source, batch_size=config.data.batch_size, seed=config.seed, strategy=trainer.strategy)
+    for step, batch in zip(range(schedule.first, schedule.last + 1), batches.open(schedule.first), strict=False):
+        if step in compared:
+            yield batch
 
 
-def squares(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Returns the sums of squares of the difference and of what was wanted, in float64."""
-    found, wanted = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
-    with np.errstate(invalid="ignore"):  # inf - inf: the NaN says that the two cannot be compared
-        difference = found - wanted
-    return float(difference @ difference), float(wanted @ wanted)
+def _nonfinite(sight: Sight) -> list[str]:
+    """Returns the paths of the outputs that are not finite, in forward order."""
+    rows = zip(sight.sites, sight.counts, strict=True)
+    return [site.path for site, counts in rows if site.kind == OUTPUT and counts[_NOT_FINITE]]
 
 
-def _by_layer(pairs: Mapping[str, tuple[float, float]], layers: list[dict]) -> dict[str, float]:
-    """Returns {path of a layer: its relative error} from the `squares` of its variables; nothing without these."""
-    errors = {}
-    for layer in layers if pairs else ():
-        differences, wanted = zip(*(pairs[path] for path in layer["variables"] if path in pairs), strict=True)
-        errors[layer["path"]] = relative_error(sum(differences), sum(wanted))
-    return errors
-
-
-def relative_error(difference: float, wanted: float) -> float:
-    """Returns the ratio of two norms, given as sums of squares. Where nothing was wanted, all that is there is error: 1."""
-    if wanted == 0:
-        return float(difference > 0) if math.isfinite(difference) else math.nan
-    return math.sqrt(difference / wanted) if math.isfinite(difference) else math.nan
-
-
-def _nonfinite(sight: Sight) -> str | None:
-    """Returns the path of the first output that is not finite; None where all are."""
-    site = first_nonfinite(sight)
-    return site.layer if site is not None and site.kind == OUTPUT else None
-
-
-def _layers(sight: Sight) -> list[dict]:
-    """Returns the layers that have trained variables, in forward order, each with the paths of these."""
+def _layers(trainer, sight: Sight) -> list[dict]:
+    """Returns the layers that have trained variables, in forward order as far as that was seen, with the paths of these."""
+    trained = keras_compat.variables_by_path(trainer.trainable_variables)
+    owners = {path: path.rpartition("/")[0] or path for path in trained}
+    owners |= {site.path: site.layer for site in sight.sites if site.kind == WEIGHT}
     variables = {}
-    for site in sight.sites:
-        if site.kind == WEIGHT:
-            variables.setdefault(site.layer, []).append(site.path)
+    for path, layer in owners.items():
+        variables.setdefault(layer, []).append(path)
     outputs = [site.path for site in sight.sites if site.kind == OUTPUT]
     order = {path: place for place, path in reversed(list(enumerate(outputs)))}
     paths = sorted(variables, key=lambda path: order.get(path, len(order)))
     return [{"path": path, "variables": variables[path]} for path in paths]
+
+
+def _in_16_bits(trainer, sight: Sight) -> str | None:
+    """Returns the path of the first output in 16 bits, or "the model" where a cast to float16 is hidden in it, or None."""
+    outputs = (site.path for site in sight.sites if site.kind == OUTPUT and site.dtype in ("float16", "bfloat16"))
+    return next(outputs, "the model" if trainer.uses_float16 else None)

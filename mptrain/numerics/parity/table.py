@@ -27,7 +27,7 @@ def table(report: Mapping[str, Any]) -> rich.table.Table:
 def heads(report: Mapping[str, Any]) -> list[str]:
     """The heads of the columns behind the precision; memory of GPUs only where there are any."""
     memory = ["GPU MiB", "host MiB"] if _on_gpu(report) else ["MiB"]
-    return [*(f"eval {metric}" for metric in report["curves"]), "ms a step", "× float32", *memory, "skipped"]
+    return [*(f"eval {metric}" for metric in _metrics(report)), "ms a step", "× float32", *memory, "skipped"]
 
 
 def cells(report: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
@@ -36,12 +36,17 @@ def cells(report: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
         return [numbers.NOTHING] * len(heads(report))
     memory = [row["peak_gpu_memory"], row["peak_memory"]] if _on_gpu(report) else [row["peak_memory"]]
     return [
-        *(numbers.magnitude(row["final"].get(metric)) for metric in report["curves"]),
+        *(numbers.magnitude(row["final"].get(metric)) for metric in _metrics(report)),
         numbers.magnitude(row["ms_per_step"]),
         f"{row['ratio']:.2f}",
         *(numbers.NOTHING if value is None else f"{value / 2**20:,.0f}" for value in memory),
         f"{len(row['skipped_steps']):,}",
     ]
+
+
+def _metrics(report: Mapping[str, Any]) -> list[str]:
+    """The metrics of the training and those that an evaluation has besides."""
+    return list(dict.fromkeys([*report["curves"], *(name for row in report["runs"] for name in row["final"] or ())]))
 
 
 def _on_gpu(report: Mapping[str, Any]) -> bool:

@@ -38,8 +38,8 @@ class Evidence:
         noise = 2 * math.sqrt(sum(statistics.pvariance(end) for end in ends) / count)
         if abs(last - first) > max(_LEAST_MOVE * abs(first), noise):
             return cls(True, first, last)
-        moved = f"from {first:#.3g} to {last:#.3g}"
-        return cls(False, first, last, f"no evidence: the float32 loss did not move in {length:,} steps ({moved})")
+        run, moved = f"{length:,} step{'s' if length > 1 else ''}", f"from {first:#.3g} to {last:#.3g}"
+        return cls(False, first, last, f"no evidence: the float32 loss did not move in {run} ({moved})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,8 @@ def judge(
 ) -> Verdict:
     """Judges one precision's run by float32's.
 
+    Who follows shows nothing where float32's run computed in 16 bits too; who parts does.
+
     Args:
         run, reference: as `run.train` returns them, with None for what is not finite.
         evidence: of float32's loss.
@@ -93,21 +95,27 @@ def judge(
         bound: the relative error above which two runs have parted.
     """
     loss, wanted = run["curves"]["loss"], reference["curves"]["loss"]
-    partings = [*_losses(loss, wanted, steps, bound), *_gradients(run, compared, bound)]
+    partings = [*_losses(loss, wanted, steps, bound), *_gradients(run, reference, steps, compared, bound)]
     parting = min(partings, key=lambda each: (each.step, (OUTPUT, LOSS, GRADIENT).index(each.kind)), default=None)
     drift = next(_weights(run, compared, bound), None)
     if not evidence.moved:
         return Verdict("no evidence", evidence.words, parting, drift)
     losses = f"loss {_last(loss)} against {_last(wanted)}"
+    unseen = [path for path in run["layers"] if path not in run["gradients"][0]]
     unit = "updates" if reference["window"] > 1 else "steps"
     skipped = f"; skipped {len(run['skipped']):,} of {len(steps):,} {unit}" if run["skipped"] else ""
     if parting is not None:
         return Verdict("parts", f"parts from float32 {parting}; {losses}{skipped}", parting, drift)
+    if reference["in_16_bits"] is not None:
+        where = f"float32's own run computes {reference['in_16_bits']} in 16 bits, as the model asks"
+        return Verdict("no evidence", f"no evidence: {where}", None, drift)
     worst = max((error for errors in run["weights"] for error in errors.values() if error is not None), default=0.0)
     apart = f"weights within {100 * worst:.2g} %"
     if drift is not None:
         apart = f"weights drift past {bound:g} at step {drift.step:,}, first in {drift.layer}"
-    return Verdict("follows", f"follows float32: {losses}, {apart}{skipped}", None, drift)
+    more = f" and {len(unseen) - 1} more layers" if len(unseen) > 1 else ""
+    blind = f"; the gradients of {unseen[0]}{more} could not be seen" if unseen else ""
+    return Verdict("follows", f"follows float32: {losses}, {apart}{skipped}{blind}", None, drift)
 
 
 def running_mean(values: Sequence[float | None]) -> list[float | None]:
@@ -140,22 +148,38 @@ def _losses(loss: Sequence, wanted: Sequence, steps: Sequence[int], bound: float
             yield Parting(steps[number - 1], LOSS, None, None)
 
 
-def _gradients(run: dict, compared: Sequence[int], bound: float) -> Iterator[Parting]:
+def _gradients(run: dict, reference: dict, steps: Sequence[int], compared: Sequence[int], bound: float) -> Iterator[Parting]:
     """Yields where gradients part, those of a step in backward order, in which they are computed and one spoils the next.
 
-    Where a dynamic loss scale makes them infinite, the step is skipped and the scale goes down: no parting by itself.
+    Where a dynamic loss scale makes them infinite, the step is skipped and the scale goes down: no parting by itself, unless
+    it does not help for a tenth of the run. An output that is not finite, and is in float32, comes before the gradients that
+    it spoils, and does not count where it spoils none: a mask may well be infinite.
     """
-    for step, errors, nonfinite in zip(compared, run["gradients"], run["nonfinite"], strict=True):
-        if nonfinite is not None:
-            yield Parting(step, OUTPUT, nonfinite, None)
-        for path in reversed(run["layers"]):
-            error = errors[path]
-            if error is None and not run["dynamic"] or error is not None and error > bound:
-                yield Parting(step, GRADIENT, path, error)
+    lasting = set(_lasting(run["skipped"], steps))
+    for step, errors, found, known in zip(compared, run["gradients"], run["nonfinite"], reference["nonfinite"], strict=True):
+        outputs = [path for path in found if path not in known]
+        parting = [path for path in reversed(run["layers"]) if path in errors and not _within(errors[path], bound)]
+        if outputs and (parting or step in run["skipped"]):
+            yield Parting(step, OUTPUT, outputs[0], None)
+        for path in parting:
+            if errors[path] is not None or not run["dynamic"] or step in lasting:
+                yield Parting(step, GRADIENT, path, errors[path])
+
+
+def _lasting(skipped: Sequence[int], steps: Sequence[int]) -> Iterator[int]:
+    """Yields the steps from which on all updates of a tenth of the run were skipped."""
+    skipped, count = set(skipped), _window(steps)
+    for place in range(len(steps) - count + 1):
+        if skipped.issuperset(steps[place : place + count]):
+            yield steps[place]
+
+
+def _within(error: float | None, bound: float) -> bool:
+    return error is not None and error <= bound
 
 
 def _weights(run: dict, compared: Sequence[int], bound: float) -> Iterator[Parting]:
     for step, errors in zip(compared, run["weights"], strict=True):
         for path in run["layers"]:
-            if errors[path] is None or errors[path] > bound:
+            if not _within(errors[path], bound):
                 yield Parting(step, "weights", path, errors[path])
