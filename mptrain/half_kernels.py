@@ -22,21 +22,23 @@ import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2, types_pb2
 from tensorflow.python.eager.polymorphic_function import transform
 
-# The result is one of the inputs' values, or zero: representable in float16 without rounding.
+# The result is one of the inputs' values, or zero, or no float: representable in float16 without rounding.
 _EXACT = frozenset(
-    "Abs BroadcastTo ConcatV2 ExpandDims GatherV2 Identity Max MaxPool MaxPool3D Maximum Min Minimum MirrorPad Neg Pack"
-    " Pad PadV2 Relu Relu6 Relu6Grad ReluGrad Reshape ReverseV2 Select SelectV2 Slice Split SplitV Squeeze StridedSlice"
-    " Tile Transpose Unpack".split()
+    "Abs ArgMax ArgMin BatchToSpaceND BroadcastTo Ceil ConcatV2 DepthToSpace Equal ExpandDims Floor GatherNd GatherV2 Greater"
+    " GreaterEqual Identity IsFinite Less LessEqual MatrixBandPart Max MaxPool MaxPool3D Maximum Min Minimum MirrorPad Neg"
+    " NotEqual Pack Pad PadV2 Relu Relu6 Relu6Grad ReluGrad Reshape ResizeNearestNeighbor ReverseV2 Rint Roll Round Select"
+    " SelectV2 Sign Slice SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice StridedSliceGrad Tile TopKV2 Transpose"
+    " Unpack".split()
 )
 _ROUNDED = frozenset(
-    "Add AddN AddV2 AvgPool AvgPool3D AvgPool3DGrad AvgPoolGrad BatchMatMulV2 BatchMatMulV3 BiasAdd BiasAddGrad Conv2D"
-    " Conv2DBackpropFilter Conv2DBackpropInput Conv3D Conv3DBackpropFilterV2 Conv3DBackpropInputV2 Cumsum"
-    " DepthwiseConv2dNative DepthwiseConv2dNativeBackpropFilter DepthwiseConv2dNativeBackpropInput Einsum Elu EluGrad"
-    " Erf Exp Expm1 FusedBatchNormGradV3 FusedBatchNormV3 L2Loss LeakyRelu LeakyReluGrad Log Log1p LogSoftmax MatMul"
-    " MaxPool3DGrad MaxPoolGrad Mean Mul Pow Prod RealDiv Reciprocal ReciprocalGrad Rsqrt RsqrtGrad Selu SeluGrad"
-    " Sigmoid SigmoidGrad Softmax SoftmaxCrossEntropyWithLogits Softplus SoftplusGrad"
-    " SparseSoftmaxCrossEntropyWithLogits Sqrt SqrtGrad Square SquaredDifference Sub Sum Tanh TanhGrad"
-    " UnsortedSegmentSum".split()
+    "Add AddN AddV2 Atan AvgPool AvgPool3D AvgPool3DGrad AvgPoolGrad BatchMatMulV2 BatchMatMulV3 BiasAdd BiasAddGrad Conv2D"
+    " Conv2DBackpropFilter Conv2DBackpropInput Conv3D Conv3DBackpropFilterV2 Conv3DBackpropInputV2 Cos Cumprod Cumsum"
+    " DepthwiseConv2dNative DepthwiseConv2dNativeBackpropFilter DepthwiseConv2dNativeBackpropInput DivNoNan Einsum Elu EluGrad"
+    " Erf Erfc Exp Expm1 FusedBatchNormGradV3 FusedBatchNormV3 L2Loss LeakyRelu LeakyReluGrad Log Log1p LogSoftmax MatMul"
+    " MaxPool3DGrad MaxPoolGrad Mean Mul MulNoNan Pow Prod RealDiv Reciprocal ReciprocalGrad ResizeBilinear ResizeBilinearGrad"
+    " ResizeNearestNeighborGrad Rsqrt RsqrtGrad Selu SeluGrad Sigmoid SigmoidGrad Sin Softmax SoftmaxCrossEntropyWithLogits"
+    " Softplus SoftplusGrad Softsign SoftsignGrad SparseSoftmaxCrossEntropyWithLogits Sqrt SqrtGrad Square SquaredDifference"
+    " Sub Sum Tanh TanhGrad UnsortedSegmentMax UnsortedSegmentSum".split()
 )
 _ADDED_UP_IN_BFLOAT16 = frozenset("BiasAddGrad Cumsum Prod UnsortedSegmentSum".split())
 _SIXTEEN_BITS = (tf.float16, tf.bfloat16)

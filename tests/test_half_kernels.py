@@ -42,19 +42,53 @@ def test_results_and_gradients_equal_those_of_float16_kernels_within_its_roundin
         assert difference <= 4e-3 * np.abs(theirs.numpy()).max()
 
 
-def test_no_float16_arithmetic_is_left_in_the_pruned_graph(layer_inputs):
-    function = tf.function(layer_and_gradients)
-    with float32_kernels():
-        concrete = function.get_concrete_function(*layer_inputs)
+def live_operations(concrete) -> tuple[set[str], set[str]]:
+    """Returns the types of the operations that the outputs need, and of those among them that touch float16."""
     live, todo = set(), [tensor.op for tensor in concrete.graph.outputs]
     while todo:
         op = todo.pop()
         if op not in live:
             live.add(op)
             todo += [tensor.op for tensor in op.inputs]
-    half = {op.type for op in live if any(tensor.dtype == tf.float16 for tensor in op.outputs)}
-    assert half <= {"Cast", "Placeholder", "Const"}
-    assert {"Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput", "MaxPoolGrad"} <= {op.type for op in live}
+    half = {op.type for op in live if any(tensor.dtype == tf.float16 for tensor in (*op.inputs, *op.outputs))}
+    return {op.type for op in live}, half
+
+
+def test_no_float16_arithmetic_is_left_in_the_pruned_graph(layer_inputs):
+    with float32_kernels():
+        concrete = tf.function(layer_and_gradients).get_concrete_function(*layer_inputs)
+    live, half = live_operations(concrete)
+    assert half <= {"Cast", "Placeholder", "Const", "ShapeN"}
+    assert {"Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput", "MaxPoolGrad"} <= live
+
+
+def many_layers(x, kernel):
+    """What residual networks and transformers are made of beside convolutions: here nothing, only many kinds of operations."""
+    y = tf.nn.conv2d(x, kernel, 1, "SAME", dilations=2)
+    y = tf.nn.gelu(y) + tf.nn.gelu(y, approximate=True) + tf.nn.softsign(y) + tf.nn.silu(y) + tf.nn.softplus(y)
+    y = tf.image.resize(tf.image.resize(y, [12, 12]), [6, 6], "nearest")
+    y = tf.where(tf.cast(y, tf.float16) > 0.1, y, tf.math.sin(y))
+    y = tf.cast(tf.nn.space_to_depth(tf.cast(y, tf.float16), 2), tf.float16)
+    scores = tf.einsum("bhwc,bhvc->bhwv", y, y)[:, :, :2]
+    return tf.reduce_sum(tf.linalg.band_part(tf.nn.softmax(scores), -1, 0) * tf.cumsum(scores, axis=-1))
+
+
+def test_the_operations_of_common_layers_are_all_known(layer_inputs):
+    x, kernel = layer_inputs[0][:, :8, :8], layer_inputs[1]
+
+    def gradients(x, kernel):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            loss = many_layers(x, kernel)
+        return loss, *tape.gradient(loss, [x, kernel])
+
+    with float32_kernels():
+        wide = tf.function(gradients)
+        _, half = live_operations(wide.get_concrete_function(x, kernel))
+    assert half <= {"Cast", "Placeholder", "Const", "IdentityN", "ShapeN"}
+    for ours, theirs in zip(wide(x, kernel), tf.function(gradients)(x, kernel), strict=True):
+        difference = np.abs(ours.numpy().astype(float) - theirs.numpy().astype(float)).max()
+        assert difference <= 1e-2 * np.abs(theirs.numpy()).max()
 
 
 @pytest.mark.parametrize("value", [65504.0, 65519.0, 65520.0, 1e5, -1e5])
