@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 import tf_keras
 
+from mptrain import fused_updates
 from mptrain.errors import InputError
 from mptrain.keras_compat import key, variables_by_path
 
@@ -62,7 +63,7 @@ class InnerOptimizer:
                 self._trained.setdefault(key(variable), variable)
         if not getattr(self.optimizer, "built", False):
             self._create_slots(self.trained)
-        _switch_off_sums(self.optimizer)
+        _adapt(self.optimizer)
 
     def is_frozen(self, variable) -> bool:
         """Whether a variable of `build` is one that the optimizer leaves as it is."""
@@ -130,14 +131,15 @@ def _apply_and_build(optimizer) -> tuple[Callable, Callable]:
     return optimizer.apply_gradients, getattr(optimizer, "build", lambda variables: None)
 
 
-def _switch_off_sums(optimizer) -> None:
-    """Keeps a Keras 3 optimizer, and those inside a `MultiOptimizer` or parameter groups, from summing over the replicas again.
+def _adapt(optimizer) -> None:
+    """Keeps Keras 3 optimizers, also inside a `MultiOptimizer` or parameter groups, from summing over replicas; makes them fast.
 
     It always sums and has no switch. Replaced once, and not around each call: replica threads interleave.
     """
     for each in (optimizer, *getattr(optimizer, "optimizers", ())):
         if isinstance(each, keras.optimizers.Optimizer):
             each._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
+            fused_updates.install(each)
 
 
 def _own_variables(optimizer, trained: Container[str] = ()) -> list:
