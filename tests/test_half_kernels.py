@@ -64,7 +64,7 @@ def test_no_float16_arithmetic_is_left_in_the_pruned_graph(layer_inputs):
 
 def many_layers(x, kernel):
     """What residual networks and transformers are made of beside convolutions: here nothing, only many kinds of operations."""
-    y = tf.nn.conv2d(x, kernel, 1, "SAME", dilations=2)
+    y = tf.nn.convolution(x, kernel, padding="SAME", dilations=2)
     y = tf.nn.gelu(y) + tf.nn.gelu(y, approximate=True) + tf.nn.softsign(y) + tf.nn.silu(y) + tf.nn.softplus(y)
     y = tf.image.resize(tf.image.resize(y, [12, 12]), [6, 6], "nearest")
     y = tf.where(tf.cast(y, tf.float16) > 0.1, y, tf.math.sin(y))
