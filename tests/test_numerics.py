@@ -169,12 +169,6 @@ def test_plain_module_shows_its_scopes_and_what_is_watched(sick, tmp_path):
     assert report["advice"]["check"] is None
 
 
-def test_step_in_a_function_of_its_own_is_told_that_nothing_is_seen(sick, tmp_path):
-    config = sick("FunctionTrainer")
-    with pytest.raises(InputError, match="shows no layer"):
-        mptrain.run(config, tmp_path / "run", "numerics")
-
-
 def test_advice_can_be_pasted_into_the_config_of_the_same_folder(sick, tmp_path):
     config = sick("LoudTrainer", steps=4)
     report = report_of(config, tmp_path / "run")

@@ -99,20 +99,21 @@ class Probe:
             if drawn > len(batches):
                 raise InputError(f"train_step() draws {drawn} batches a step, and {len(batches)} can be looked at")
             if not self._applied:
+                scales = self._loss_scales(loss_scale)
                 stack.enter_context(preserved(self._trainer, function.graph.variables))
+                for name, optimizer in self._trainer.optimizers.items():
+                    optimizer.state["loss_scale/loss_scale"].assign(scales[name])
             if step is not None:
                 self._trainer.global_step.assign(step)
-            if loss_scale is not None:
-                self._set_loss_scale(loss_scale)
             counts, largest, scales, gradients = function(batches)
         largest = self._trainer.workers.gather(*largest.numpy()).max(axis=0).astype(np.float32)
         gradients = {path: gradient.numpy() for path, gradient in gradients.items()}
         return Sight(sites, counts.numpy(), largest, scales.numpy(), gradients)
 
-    def _set_loss_scale(self, scale: float | Mapping[str, float]) -> None:
-        scales = scale if isinstance(scale, Mapping) else dict.fromkeys(self._trainer.optimizers, scale)
-        for name, value in scales.items():
-            self._trainer.optimizers[name].state["loss_scale/loss_scale"].assign(value)
+    def _loss_scales(self, wanted: float | Mapping[str, float] | None) -> dict[str, float]:
+        if wanted is not None and not isinstance(wanted, Mapping):
+            return dict.fromkeys(self._trainer.optimizers, wanted)
+        return {name: float(each.loss_scale) for name, each in self._trainer.optimizers.items()} | dict(wanted or {})
 
     def sites(self, *batches) -> list[Site]:
         """Returns what a step shows, without computing it."""

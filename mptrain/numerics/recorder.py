@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import tensorflow as tf
 
 from mptrain import forward_graph, keras_calls, keras_compat
+from mptrain.dynamic_scale import DynamicScale
 from mptrain.gradients import to_float32, with_each_row_once
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.numerics import tally
@@ -123,15 +124,19 @@ class Recorder:
     def recording(self) -> Iterator[list[Counted]]:
         """Yields a list that gets what each function showed that the strategy was given to run in its replicas."""
         function = type(tf.function(lambda: None))
-        replacements = [
+        replaced = [
             (tf.GradientTape, "gradient", self._gradient),
             (LossScaleOptimizer, "get_scaled_loss", self._scaled),
             (function, "__call__", self._inlined),
         ]
         if self._dry:
-            replacements.append((LossScaleOptimizer, "apply_gradients", self._not_applied))
+            replaced.append((LossScaleOptimizer, "apply_gradients", self._not_applied))
         if self._by_scope:
-            replacements += [(tf.name_scope, "__enter__", self._enter), (tf.name_scope, "__exit__", self._exit)]
+            replaced += [(tf.name_scope, "__enter__", self._enter), (tf.name_scope, "__exit__", self._exit)]
+        replacements = [(owner, name, _replacing(getattr(owner, name), method)) for owner, name, method in replaced]
+        if self._dry:  # a static scale is a constant, which could not be tried at another value
+            replacements.append((DynamicScale, "used", property(lambda scale: tf.convert_to_tensor(scale.value))))
+            replacements.append((DynamicScale, "_is_one", property(lambda scale: False)))
         found = []
         self._trace.begin()
         self._status = tf.__internal__.autograph.control_status_ctx()  # in which AutoGraph converts, as in a `tf.function`
@@ -139,10 +144,9 @@ class Recorder:
             self._calls = stack.enter_context(keras_calls.recorded())
             _recorders.append(self)
             stack.callback(_recorders.remove, self)
-            for owner, name, method in replacements:
-                original = getattr(owner, name)
-                stack.callback(setattr, owner, name, original)
-                setattr(owner, name, _replacing(original, method))
+            for owner, name, replacement in replacements:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, replacement)
             self._strategy.run = _replacing(self._strategy.run, functools.partial(self._run, found))
             stack.callback(delattr, self._strategy, "run")  # of this one strategy, over its class's own
             yield found
