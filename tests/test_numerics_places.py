@@ -11,8 +11,8 @@ from mptrain import runner
 from mptrain.errors import InputError
 from mptrain.numerics.collection import Collector
 from mptrain.numerics.faults import first_nonfinite
+from mptrain.numerics.places import OUTPUT, WEIGHT
 from mptrain.numerics.probe import Probe
-from mptrain.numerics.recorder import OUTPUT, WEIGHT
 from tests.runs import assert_same_checkpoint, rows, tiny_config
 
 

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from mptrain import keras_compat
 from mptrain.numerics.faults import first_nonfinite
+from mptrain.numerics.places import OUTPUT, Site
 from mptrain.numerics.probe import Probe
-from mptrain.numerics.recorder import OUTPUT, Site
 from mptrain.numerics.verdicts import Layer, Scales
 
 _BEHIND = 2  # layers behind a site that are tried for its sake: each try is traced anew

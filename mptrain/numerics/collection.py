@@ -5,9 +5,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from mptrain.numerics.faults import Fault, fault, first_nonfinite
+from mptrain.numerics.places import Site
 from mptrain.numerics.probe import Probe, Sight
 from mptrain.numerics.ranges import Range
-from mptrain.numerics.recorder import Site
 
 __all__ = ["Collection", "Collector", "first_nonfinite"]
 

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Collection
 
+from mptrain.numerics.places import GRADIENT, OUTPUT, Site
 from mptrain.numerics.probe import Sight
-from mptrain.numerics.recorder import GRADIENT, OUTPUT, Site
 
 NO_CURE = "the data or the model, which neither a loss scale nor a dtype cures"
 

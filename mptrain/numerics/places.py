@@ -13,7 +13,33 @@ import tensorflow as tf
 
 from mptrain import forward_graph
 
+OUTPUT, GRADIENT, WEIGHT = "output", "gradient", "weight"
 _STORED = ("ReadVariableOp", "Const", "VarHandleOp")  # no values of the forward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place in the step whose values are counted.
+
+    Attributes:
+        path: of a layer, of a scope, as given to `watch`, of what lies between two of them, or of a trained variable.
+        kind: "output", "gradient" (of an output) or "weight" (the gradient of a variable).
+        call: which call of its layer, from 1; of a weight, whose gradient is the sum over all calls, 1.
+        dtype: the name of its dtype.
+        layer: the path of the layer, scope, watched tensor or what lies between, that it belongs to.
+        position: its place in forward order; of a weight, where it is first read.
+        computed_by: the path of the layer or scope that an output is computed in; "": the trainer's own step.
+        after: of what lies between two layers, the path of the first, or "" where there is none before it; else None.
+    """
+
+    path: str
+    kind: str
+    call: int = 1
+    dtype: str = dataclasses.field(default="float32", compare=False)
+    layer: str = dataclasses.field(default="", compare=False)
+    position: int = dataclasses.field(default=0, compare=False)
+    computed_by: str = dataclasses.field(default="", compare=False)
+    after: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +78,11 @@ class Place:
     position: int
     computed_by: str
     after: str | None = None
+
+    def site(self, kind: str) -> Site:
+        """Returns where its values are counted, or those of its gradient."""
+        dtype = self.tensor.dtype.name
+        return Site(self.path, kind, self.call, dtype, self.path, self.position, self.computed_by, self.after)
 
 
 class Forward:

@@ -10,7 +10,8 @@ import tensorflow as tf
 from mptrain import forward_graph, keras_compat, precision
 from mptrain.errors import InputError, one_line
 from mptrain.numerics import in_float32, tally
-from mptrain.numerics.recorder import WEIGHT, Recorder, Site
+from mptrain.numerics.places import WEIGHT, Site
+from mptrain.numerics.recorder import Recorder
 
 _OWN_CASTS = "the model casts to 16 bits by itself"
 

@@ -9,8 +9,8 @@ from mptrain.console import Console
 from mptrain.errors import InputError, one_line
 from mptrain.metrics_log import MetricsLog
 from mptrain.numerics.faults import NO_CURE, Fault, fault, where
+from mptrain.numerics.places import OUTPUT, WEIGHT, Site
 from mptrain.numerics.probe import Probe, Sight
-from mptrain.numerics.recorder import OUTPUT, WEIGHT, Site
 from mptrain.numerics.tally import FORMATS
 from mptrain.skip_log import Skip
 

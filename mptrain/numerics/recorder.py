@@ -18,35 +18,9 @@ from mptrain.dynamic_scale import DynamicScale
 from mptrain.gradients import to_float32, with_each_row_once
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.numerics import tally
-from mptrain.numerics.places import Call, Forward, Place
+from mptrain.numerics.places import GRADIENT, OUTPUT, WEIGHT, Call, Forward, Site
 
-OUTPUT, GRADIENT, WEIGHT = "output", "gradient", "weight"
 _recorders: list["Recorder"] = []  # that are recording now
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A place in the step whose values are counted.
-
-    Attributes:
-        path: of a layer, of a scope, as given to `watch`, of what lies between two of them, or of a trained variable.
-        kind: "output", "gradient" (of an output) or "weight" (the gradient of a variable).
-        call: which call of its layer, from 1; of a weight, whose gradient is the sum over all calls, 1.
-        dtype: the name of its dtype.
-        layer: the path of the layer, scope, watched tensor or what lies between, that it belongs to.
-        position: its place in forward order; of a weight, where it is first read.
-        computed_by: the path of the layer or scope that an output is computed in; "": the trainer's own step.
-        after: of what lies between two layers, the path of the first, or "" where there is none before it; else None.
-    """
-
-    path: str
-    kind: str
-    call: int = 1
-    dtype: str = dataclasses.field(default="float32", compare=False)
-    layer: str = dataclasses.field(default="", compare=False)
-    position: int = dataclasses.field(default=0, compare=False)
-    computed_by: str = dataclasses.field(default="", compare=False)
-    after: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +151,7 @@ class Recorder:
         """Counts what was recorded; returns the sites, and counts, largest magnitudes and loss scales of each."""
         found, one = self._trace.found, tf.constant(1.0)
         for place in self._forward().places():
-            found.setdefault((_site(place, OUTPUT), one.ref()), []).append(place.tensor)
+            found.setdefault((place.site(OUTPUT), one.ref()), []).append(place.tensor)
         if not found:
             return [], tally.nothing()
         scales = [scale.deref() for _, scale in found]
@@ -254,7 +228,7 @@ class Recorder:
         scale = self._scale_of(target)
         read = self._first_reads(forward)
         paths = [self._variables.get(id(variable)) for variable in variables]
-        sites = [_site(place, GRADIENT) for place in outputs] + [path and self._weight(path, forward, read) for path in paths]
+        sites = [place.site(GRADIENT) for place in outputs] + [path and self._weight(path, forward, read) for path in paths]
         for site, gradient in zip(sites, [*found, *tf.nest.flatten(result)], strict=True):
             if site is not None and gradient is not None:
                 if isinstance(gradient, tf.IndexedSlices):
@@ -294,11 +268,6 @@ class Recorder:
             if tensor.ref() in self._trace.scales:
                 return self._trace.scales[tensor.ref()]
         return tf.constant(1.0)
-
-
-def _site(place: Place, kind: str) -> Site:
-    dtype = place.tensor.dtype.name
-    return Site(place.path, kind, place.call, dtype, place.path, place.position, place.computed_by, place.after)
 
 
 def _replacing(original: Callable, method: Callable) -> Callable:

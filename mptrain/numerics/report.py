@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from mptrain.numerics.collection import Collection
 from mptrain.numerics.faults import NO_CURE, where
+from mptrain.numerics.places import OUTPUT, Site
 from mptrain.numerics.ranges import Range
-from mptrain.numerics.recorder import OUTPUT, Site
 from mptrain.numerics.tally import FORMATS
 from mptrain.numerics.verdicts import Layer, Scales
 

@@ -9,9 +9,9 @@ import tensorflow as tf
 from tensorboard.plugins.histogram import metadata
 
 from mptrain.errors import InputError
+from mptrain.numerics.places import OUTPUT
 from mptrain.numerics.probe import Probe
 from mptrain.numerics.ranges import Range
-from mptrain.numerics.recorder import OUTPUT
 
 _NEAREST = 3  # paths that are named where a regex is found in none
 

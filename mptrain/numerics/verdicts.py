@@ -8,8 +8,8 @@ import dataclasses
 import math
 
 from mptrain.numerics.collection import Collection
+from mptrain.numerics.places import GRADIENT, OUTPUT, Site
 from mptrain.numerics.ranges import Range
-from mptrain.numerics.recorder import GRADIENT, OUTPUT, Site
 from mptrain.numerics.tally import FORMATS
 
 _LARGEST = FORMATS["float16"].largest
