@@ -132,7 +132,7 @@ def _apply_and_build(optimizer) -> tuple[Callable, Callable]:
 
 
 def _adapt(optimizer) -> None:
-    """Keeps Keras 3 optimizers, also inside a `MultiOptimizer` or parameter groups, from summing over replicas; makes them fast.
+    """Keeps Keras 3 optimizers, also in a `MultiOptimizer` or parameter groups, from summing over replicas; makes them fast.
 
     It always sums and has no switch. Replaced once, and not around each call: replica threads interleave.
     """
