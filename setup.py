@@ -18,6 +18,7 @@ setup(
         "mptrain.data": ["mnist/*.gz"],
         "mptrain.numerics": ["*.html", "*.css", "*.js"],
         "mptrain.numerics.parity": ["*.html", "*.css", "*.js"],
+        "mptrain.report": ["*.html", "*.css"],
         "mptrain.pages": ["*.html", "*.css", "*.js"],
     },
     python_requires=">=3.10,<3.14",

@@ -6,7 +6,7 @@ import time
 from mptrain import actions
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
-from mptrain.errors import EvaluationStopped, Interrupted, RunError, StopRun, one_line
+from mptrain.errors import EvaluationStopped, InputError, Interrupted, StopRun, reason
 from mptrain.loop_length import LoopLength
 from mptrain.metrics_log import MetricsLog
 from mptrain.numerics.provenance import Provenance
@@ -36,7 +36,7 @@ class TrainingRun:
         return int(self._trainer.global_step.numpy())
 
     def run(self, mode: str) -> dict[str, float]:
-        status = "failed"
+        status, reported = "failed", mode != "eval" and self._trainer.workers.is_chief
         try:
             controller = self._controller(mode)
             if mode == "eval":
@@ -50,10 +50,13 @@ class TrainingRun:
             self._console.stop_progress()
             self._console.line(f"{stop}; go on with the same command and --workdir={self._folder.path}")
             raise
+        except InputError:
+            reported = False  # what cannot begin is no run
+            raise
         except Exception as error:
-            if mode != "eval":
-                with contextlib.suppress(RunError):  # the log itself may be what cannot be written
-                    self._log.event(self._step, "failed", reason=(one_line(error).splitlines() or [type(error).__name__])[0])
+            if reported:
+                with contextlib.suppress(Exception):  # where it is the log or a device that fails, the error says so
+                    self._log.event(self._step, "failed", reason=reason(error))
             raise
         finally:
             self._console.stop_progress()
@@ -61,6 +64,8 @@ class TrainingRun:
                 self._checkpoints.wait()
             finally:
                 self._log.close(status)
+                if reported:
+                    self._write_report()
         self._close(outputs)
         return outputs
 
@@ -204,6 +209,15 @@ class TrainingRun:
             self._evaluated[self._step] = outputs
             self._console.evaluation(self._step, outputs, time.monotonic() - start)
         return self._evaluated[self._step]
+
+    def _write_report(self) -> None:
+        """Writes the page about the run; whatever keeps it from that is told, and is no fault of the run's."""
+        try:
+            from mptrain.report.page import write_page  # brings what renders pages, which is needed once, at the end
+
+            write_page(self._folder.path)
+        except Exception as error:
+            self._console.warn(f"{self._folder.path / 'report'} gets no report of this run: {reason(error)}")
 
     def _close(self, outputs: dict[str, float]) -> None:
         optimizer = self._trainer.optimizer

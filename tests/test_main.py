@@ -34,7 +34,7 @@ def test_run_folder_holds_what_the_design_promises(command, tiny, tmp_path):
     assert finished.returncode == 0, finished.stderr
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
-    assert names == {".lock", "config.json", "precision_plan.txt", "metrics.jsonl", "train", "eval", "checkpoints"}
+    assert names == {".lock", "config.json", "precision_plan.txt", "metrics.jsonl", "train", "eval", "checkpoints", "report"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"ckpt-260", "ckpt-280", "ckpt-300"}
     content = json.loads((folder / "config.json").read_text())
     assert content["config"]["train.steps"] == 300

@@ -65,9 +65,12 @@ def _drawn(report: Mapping[str, Any]) -> dict[str, Any]:
         "subnormal": report["formats"]["float16"]["subnormal"],
         "exponent": shown.exponent(scale["now"]),
         "recommended": scale["recommended"] and [shown.exponent(end) for end in scale["recommended"]],
-        "steps": [report["first_step"], report["last_step"]],
-        "history": scale["history"],
-        "skipped": scale["skipped_steps"],
+        "history": {
+            "steps": [report["first_step"], report["last_step"]],
+            "scales": scale["history"],
+            "recommended": scale["recommended"] and [shown.exponent(end) for end in scale["recommended"]],
+            "skipped": [[step, step, 1] for step in scale["skipped_steps"]],
+        },
         "kinds": shown.KINDS,
         "layers": [
             {
