@@ -34,7 +34,7 @@ def test_page_tells_how_a_run_went(tmp_path):
     assert "Finished at step 100." in words
     assert "eval accuracy 0.95 after 100 steps (99 applied, 1 skipped)" in words
     assert "One step was skipped" in words
-    assert "cnn/conv1 25 gradient at the output 81,234 2,048 2 a lower loss scale cures it" in words
+    assert "cnn/conv1 25 gradient at the output 81,234 2¹¹ 2 a lower loss scale cures it" in words
     assert "config.train.steps was 50 and is 100" in words
     assert "precision.policy &#34;mixed_float16&#34; &#34;auto&#34;" in words
     assert [plot["name"] for plot in data["metrics"]] == ["loss", "accuracy"]
@@ -125,8 +125,8 @@ def test_skipped_step_that_was_not_looked_into_has_a_row_too(tmp_path):
     (folder / "config.json").write_text(json.dumps(content))
     words, _ = page_of(folder)
     assert words.count("cnn/conv1 2") == 1
-    assert "net/b 37 gradient – 4 0 the loss is not finite: no loss scale cures that" in words
-    assert "net/b 38 gradient – 4 0 not looked into" in words
+    assert "net/b 37 gradient – 2² 0 the loss is not finite: no loss scale cures that" in words
+    assert "net/b 38 gradient – 2² 0 not looked into" in words
     assert "2 more are in metrics.jsonl." in words
 
 
