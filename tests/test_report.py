@@ -94,9 +94,11 @@ def test_damaged_lines_are_counted_and_passed_over(tmp_path):
     assert "8 lines of metrics.jsonl could not be read and are left out." in words
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": [], "versions": 3, "precision": null, "devices": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"config": [], "versions": 3, "devices": {}}', '{"config": {"train.steps": "x", "trainer": 3}}']
+)
 def test_damaged_config_leaves_the_curves(tmp_path, content):
-    folder = write(tmp_path / "run", healthy())
+    folder = write(tmp_path / "run", [loop(5, loss_scale=0.0), *healthy()])
     (folder / "config.json").write_text(content)
     words, data = page_of(folder)
     assert "Finished at step 100." in words

@@ -124,8 +124,8 @@ class History:
     def scales(self) -> list[tuple[int, float]]:
         """Returns (step, loss scale) wherever it changed: behind a skipped step, or else when a loop had ended."""
         column = self.train.values.get("loss_scale", np.empty(0))
-        known = ~np.isnan(column)
-        met = [(step, scale) for step, scale, _ in self.overflows if scale is not None]
+        known = column > 0
+        met = [(step, scale) for step, scale, _ in self.overflows if scale is not None and scale > 0]
         skipped = np.repeat([True, False], [len(met), known.sum()])
         steps = np.concatenate([[step for step, _ in met], self.train.steps[known]])
         scales = np.concatenate([[scale for _, scale in met], column[known]])
@@ -138,7 +138,7 @@ class History:
     def _rows(self, file: pathlib.Path) -> Iterator[dict]:
         if not file.exists():
             return
-        with open(file, errors="replace") as lines:
+        with open(file, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 try:
                     row = json.loads(line)

@@ -49,7 +49,7 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         run=run,
         history=history,
         ending=_ending(history),
-        total=run["config"].get("train.steps"),
+        total=finite_or_none(run["config"].get("train.steps")),
         final=_final(history),
         scale=scale,
         scaled=scale not in (None, 1.0) or len(history.scales()) > 1,
