@@ -20,6 +20,7 @@ setup(
         "mptrain.numerics.parity": ["*.html", "*.css", "*.js"],
         "mptrain.report": ["*.html", "*.css"],
         "mptrain.pages": ["*.html", "*.css", "*.js"],
+        "mptrain.sweep": ["*.html", "*.css", "*.js"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[
@@ -38,12 +39,9 @@ setup(
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.21"],
         "kubernetes": ["kubernetes"],  # for devices.cluster="kubernetes"
-        "mlflow": [
-            "alembic",
-            "mlflow-skinny>=3",
-            "sqlalchemy",
-        ],  # the others are for a store without a server
+        "mlflow": ["alembic", "mlflow-skinny>=3", "sqlalchemy"],  # the others are for a store without a server
         "wandb": ["wandb>=0.20"],
+        "optuna": ["optuna>=4"],  # for mptrain.sweep.optuna
         "tfds": ["array-record", "tensorflow-datasets"],
         "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "selenium"],
     },

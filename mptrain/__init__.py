@@ -42,6 +42,7 @@ _ROOMS = (
     "pictures",
     "precision",
     "runner",
+    "sweep",
     "trainer",
 )
 

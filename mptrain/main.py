@@ -41,7 +41,12 @@ def main(argv: list[str]) -> None:
         raise InputError("several workers must share one run folder: name it with --workdir=DIR")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or os.path.join("runs", _run_name(file), time.strftime("%Y%m%d-%H%M%S"))
-    runner.run(_CONFIG.value, workdir, _MODE.value)
+    if _MODE.value == "sweep":
+        from mptrain.sweep import config_file, mode
+
+        mode.sweep(_CONFIG.value, config_file.search(file), pathlib.Path(workdir))
+    else:
+        runner.run(_CONFIG.value, workdir, _MODE.value)
 
 
 def _run_name(config_file: str) -> str:

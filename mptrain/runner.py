@@ -46,6 +46,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     """
     if mode not in config_lib.MODES:
         raise InputError(f"mode {mode!r} does not exist: write one of {', '.join(config_lib.MODES)}")
+    if mode == "sweep":
+        raise InputError("mode 'sweep' needs what to try: call mptrain.sweep.mode.sweep(config, search, workdir)")
     config_check.validate(config)
     folder = RunFolder(workdir, read_only=mode in ("eval", "continuous_eval"))
     if mode == "verify_resume" and devices.is_multi_worker(config.devices):
