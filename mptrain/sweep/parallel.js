@@ -89,7 +89,7 @@ data.axes.forEach(({ name, labels }, i) => {
   const handle = html("div", { class: "axis", style: `left: ${left}` });
   const mark = html("div", { class: "kept", hidden: "" });
   handle.append(mark);
-  box.append(handle, html("span", { class: "name", style: `left: ${left}` }, name));
+  box.append(handle, html("span", { class: i % 2 ? "name odd" : "name", style: `left: ${left}` }, name));
   for (const [place, text] of labels) {
     box.append(html("span", { class: "label", style: `left: ${left}; top: ${100 - 100 * place}%` }, text));
   }
