@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+from mptrain import config_check, default_config
+from mptrain.sweep import mode as sweep_mode
+from mptrain.sweep import search as sweep
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -77,3 +81,20 @@ def test_resume_command_of_the_readme_proves_what_it_says(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert "equal to the last bit after 3 kills" in finished.stdout
+
+
+def test_flags_for_parameter_groups_and_the_sweep_of_the_readme_are_valid(tmp_path):
+    (flags,) = re.findall(
+        r"python -m mptrain.main (--config=configs/mnist.py --config.optimizer.name.*?)\n```", README, re.DOTALL
+    )
+    command = f"{sys.executable} -m mptrain.main {flags} --print_config"
+    printed = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    assert "'learning_rate_factor': 0.1" in printed.stdout
+    (code,) = re.findall(r"```text\n(def sweep.*?)```", README, re.DOTALL)
+    names = {}
+    exec(code, names)
+    config = default_config()
+    config.trainer, config.train.steps = "a.B", 1
+    for parameters in sweep.as_search(names["sweep"]()).samples():
+        config_check.validate(sweep_mode.config_of(config, parameters))

@@ -49,7 +49,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def _axis(name: str, values: Sequence) -> dict[str, Any]:
     known = [value for value in values if value is not None]
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) for value in known):
         return _named(name, values)
     if not known:
         return {"name": name, "places": [None] * len(values), "labels": []}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import config_check, durations
+from mptrain import config_check, devices, durations
 from mptrain.config_text import config_text
 from mptrain.console import Console
 from mptrain.errors import InputError, RunError, StopRun
@@ -36,11 +36,13 @@ def sweep(config: ConfigDict, search: Search, workdir: pathlib.Path) -> dict[str
         "trials", "finished" and "failed": how many.
 
     Raises:
-        InputError: if a trial's config is none, or the folder holds another sweep or a run; nothing was written.
+        InputError: if a trial's config is wrong, or the folder holds another sweep or a run; nothing was written.
         RunError: if no trial has come to an end.
         StopRun: if a signal ended the sweep; the trial in hand was saved.
     """
     folder, console = RunFolder(workdir), Console()
+    if devices.is_multi_worker(config.devices):
+        raise InputError("--mode=sweep starts its trials on this host: use another devices.strategy for it")
     if folder.config_file.exists():
         raise InputError(f"--workdir={folder.path} holds a run: name another folder for the sweep")
     if ":" in str(folder.path):
@@ -56,13 +58,10 @@ def sweep(config: ConfigDict, search: Search, workdir: pathlib.Path) -> dict[str
     before = report.read(folder.path)
     _check_same(before, json.loads(json.dumps(whole)), folder.path)
     known = {trial["number"]: Trial(**trial) for trial in before["trials"]} if before else {}
-    if search.kind != "optuna":
-        _check_trials(config, search)
+    _check_trials(config, search)
     folder.lock()
     try:
         search.open(folder.path, mode)
-        if search.kind == "optuna":
-            _check_trials(config, search)
         trials = _Trials(config, search, folder.path, console, whole, known)
         with _signals() as signals:
             for number in range(1, len(search) + 1):

@@ -37,7 +37,7 @@ def write(record: Mapping[str, Any], folder: pathlib.Path) -> None:
     home = folder / "report"
     home.mkdir(exist_ok=True)
     temporary = home / f".sweep.json.{os.getpid()}"
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
+    temporary.write_text(json.dumps(record, indent=1))
     temporary.replace(home / "sweep.json")
     trials = ranked(record)
     drawn = axes.drawn(record, trials)
