@@ -4,9 +4,7 @@ Everything else sees layers, paths and `tf.Variable`s.
 """
 
 import contextlib
-import functools
 import importlib
-import types
 from collections.abc import Callable, Iterable, Iterator
 
 import keras
@@ -78,50 +76,6 @@ def key(variable) -> str:
 
 
 _NOTE = "_mptrain_path"
-_UNDECAYED = "_mptrain_undecayed"
-_NORMS = tuple(
-    getattr(home.layers, f"{kind}Normalization")
-    for home in (keras, tf_keras)
-    for kind in ("Batch", "Layer", "Group", "RMS", "Unit")
-    if hasattr(home.layers, f"{kind}Normalization")
-)
-
-
-def note_biases_and_norms(model) -> None:
-    """Notes on each variable of a bias or a norm that it is one, whatever it is called and of whatever rank.
-
-    On the variable itself, as `note_paths` does. A norm over two axes has factors of rank 2, and so have the biases of
-    attention and of GRUs, which their shape alone does not tell.
-    """
-    for layer in _all_layers(model):
-        below = {id(variable) for inner in layers_in(layer)[1:] for variable in inner.variables}
-        own = [variable for variable in layer.variables if isinstance(layer, _NORMS) and id(variable) not in below]
-        bias = getattr(layer, "bias", None)
-        for variable in (*own, *([bias] if isinstance(bias, (tf.Variable, keras.Variable)) else [])):
-            setattr(raw(variable), _UNDECAYED, True)
-
-
-def decays(variable) -> bool:
-    """Whether weight decay is for a variable: not for biases, norms, and what else has less than two dimensions."""
-    noted = getattr(raw(variable), _UNDECAYED, False)
-    return len(variable.shape) > 1 and not noted and path(variable).rsplit("/", 1)[-1] != "bias"
-
-
-def exclude_from_weight_decay(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
-    """Makes a Keras 3 optimizer that is not built yet decay all but these variables.
-
-    Muon is put right on the way: its own decay, alone among Keras's, cannot be applied under tf.distribute, and reads the paths
-    of variables, which a plain `tf.Variable` has not.
-    """
-    optimizer.exclude_from_weight_decay(var_list=variables)
-    if isinstance(optimizer, getattr(keras.optimizers, "Muon", ())):
-
-        def should_use_adamw(variable):
-            known = types.SimpleNamespace(shape=variable.shape, path=path(variable))
-            return type(optimizer)._should_use_adamw(optimizer, known)
-
-        optimizer._should_use_adamw = should_use_adamw
-        optimizer._apply_weight_decay = functools.partial(keras.optimizers.Optimizer._apply_weight_decay, optimizer)
 
 
 def note_paths(model) -> None:
@@ -276,20 +230,21 @@ def statistics(model) -> list[tf.Variable]:
     Weights of frozen layers, which are not trainable by choice, are left out: nothing writes them.
     """
     found = {} if is_keras_layer(model) else {id(variable): variable for variable in model.non_trainable_variables}
-    for layer in _all_layers(model):
+    for layer in all_layers(model):
         own = layer._non_trainable_variables if isinstance(layer, keras.Layer) else layer._non_trainable_weights
         found |= {id(raw(variable)): raw(variable) for variable in own}
     return list(found.values())
 
 
-def _all_layers(model) -> Iterator:
+def all_layers(model) -> Iterator:
+    """Yields every Keras layer in a model, containers too."""
     for _, layer in _outer_layers(model):
         yield from layers_in(layer)
 
 
 def synchronize_batch_norm(model) -> None:
     """Makes the BatchNorm layers of a model, built or not, normalize over the batches of all replicas together."""
-    for layer in _all_layers(model):
+    for layer in all_layers(model):
         if isinstance(layer, (keras.layers.BatchNormalization, tf_keras.layers.BatchNormalization)):
             layer.synchronized = True
         if isinstance(layer, tf_keras.layers.BatchNormalization):
@@ -312,7 +267,7 @@ def bind_seeds(model, draw: Callable[[int], tf.Tensor]) -> None:
 
 
 def _seed_generators(model) -> Iterator:
-    for layer in _all_layers(model):
+    for layer in all_layers(model):
         if isinstance(layer, keras.Layer):
             yield from layer._seed_generators
         elif getattr(layer, "_random_generator", None) is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import keras
 import tensorflow as tf
 
-from mptrain import keras_compat
+from mptrain import keras_compat, weight_decay
 from mptrain.errors import InputError
 
 
@@ -95,7 +95,7 @@ class GroupedOptimizer(tf.Module):
         self._owners = {keras_compat.key(variable): owner for variable, owner in zip(variables, owners, strict=True)}
         for place, optimizer in enumerate(self.optimizers):
             own = [variable for variable, owner in zip(variables, owners, strict=True) if owner == place]
-            keras_compat.exclude_from_weight_decay(optimizer, [each for each in own if not keras_compat.decays(each)])
+            weight_decay.exclude(optimizer, [each for each in own if not weight_decay.decays(each)])
             optimizer.build(own)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple]) -> None:

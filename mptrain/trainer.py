@@ -22,6 +22,7 @@ from mptrain import (
     optimizers,
     parameter_groups,
     precision,
+    weight_decay,
     workers_check,
 )
 from mptrain.errors import EvaluationStopped, InputError
@@ -386,7 +387,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         if not keras_compat.is_built(self.model):
             self.model(self.precision.cast_to_compute(self.inputs(self.train_source.first())), training=False)
         keras_compat.note_paths(self.model)
-        keras_compat.note_biases_and_norms(self.model)
+        weight_decay.note_biases_and_norms(self.model)
         if not self.trainable_variables:
             raise InputError(f"{name} has no trainable variables: keep its layers and tf.Variables in attributes of the model")
 

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from mptrain import InputError, config_check, keras_compat, optimizer_check, optimizers
+from mptrain import InputError, config_check, keras_compat, optimizer_check, optimizers, weight_decay
 from mptrain import config as config_lib
 from tests.trainers import TinyModule
 
@@ -117,7 +117,7 @@ def test_weight_decay_leaves_out_biases_and_norms_whatever_they_are_called(confi
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.weight_decay = "sgd", 1.0, 0.5
     model = make()
     keras_compat.note_paths(model)
-    keras_compat.note_biases_and_norms(model)
+    weight_decay.note_biases_and_norms(model)
     variables = keras_compat.trainable_variables(model)
     for variable in variables:
         variable.assign(tf.ones(variable.shape))
