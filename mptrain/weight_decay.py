@@ -25,8 +25,8 @@ _NORMS = tuple(
 def note_biases_and_norms(model) -> None:
     """Notes on each variable of a bias or a norm that it is one, whatever it is called and of whatever rank.
 
-    On the variable itself, as `keras_compat.note_paths` does. Shapes alone do not tell: a norm over two axes has factors of rank
-    2, and so have the biases of attention and of GRUs.
+    On the variable itself, as `keras_compat.note_paths` does. Shapes alone do not tell: a norm over two axes has factors of
+    rank two, and so have the biases of attention and of GRUs.
     """
     for layer in keras_compat.all_layers(model):
         found = [*(layer.variables if isinstance(layer, _NORMS) else ()), getattr(layer, "bias", None)]
@@ -43,8 +43,8 @@ def decays(variable) -> bool:
 def exclude(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
     """Makes a Keras 3 optimizer that is not built yet decay all but these variables.
 
-    Muon is put right on the way. It has a second number for what it leaves to Adam, 0.004 if not told otherwise, where the config
-    has one for all; and it reads the paths of variables, which a plain `tf.Variable` has not.
+    Muon is put right on the way. It has a second number for what it leaves to Adam, 0.004 if not told otherwise, where the
+    config has one for all; and it reads the paths of variables, which a plain `tf.Variable` has not.
     """
     optimizer.exclude_from_weight_decay(var_list=variables)
     if isinstance(optimizer, getattr(keras.optimizers, "Muon", ())):
