@@ -44,7 +44,7 @@ def verify(config: ConfigDict, folder: pathlib.Path, console: Console) -> dict[s
     """Trains twice, once with kills, and compares the ends.
 
     Args:
-        config: the run's; its length is replaced, and its checkpoint interval shortened.
+        config: the run's; its length is replaced, its checkpoint interval shortened, and no service logs it.
         folder: where both runs lie; must not exist. Removed again if they are equal.
         console: gets a line for each kill, and the result.
 
@@ -102,6 +102,7 @@ def _shortened(config: ConfigDict) -> ConfigDict:
     config, window = config.copy_and_resolve_references(), config.optimizer.accumulation_steps
     steps = -(-config.verify_resume.steps // window) * window
     config.train.steps = steps
+    config.train.time_limit, config.log.loggers = 0, ()
     config.checkpoint.every_steps = max(steps // (config.verify_resume.kills + 6) // window, 1) * window
     for path in ("train.steps", "checkpoint.every_steps"):
         durations.prefer(config, path)

@@ -146,6 +146,10 @@ def test_plateau_under_two_replicas_and_accumulation_reduces_both_alike(scripted
     run(config, tmp_path)
     assert [row["learning_rate"] for row in rows(tmp_path, split="train")] == pytest.approx([1e-2, 1e-2, 5e-3])
     assert saved(tmp_path, 12)["optimizer/learning_rate_factor"] == 0.5
+    (tmp_path / "metrics.jsonl").unlink()  # then the checkpoint alone knows
+    config.train.steps = 16
+    run(config, tmp_path)
+    assert [row["learning_rate"] for row in rows(tmp_path, split="train")] == pytest.approx([5e-3])
 
 
 def test_checkpoint_from_before_there_was_a_factor_is_restored(scripted, tmp_path):

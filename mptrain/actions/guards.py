@@ -54,7 +54,7 @@ class NanGuard:
         Raises:
             RunError: if that was one too many.
         """
-        applied, before = outputs["applied_steps"], self._applied
+        applied, before = int(self._trainer.optimizer.applied_steps), self._applied
         self._applied = applied
         if not self._patience or applied == before:
             return
