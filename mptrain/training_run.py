@@ -153,8 +153,9 @@ class TrainingRun:
             done = f"this run is finished: {self._step} of {total} steps are done"
             self._console.line(f"{done}{f', {why}' * bool(why)}{'; evaluating it' * evaluate}")
             if why:
+                self._console.line("a higher config.early_stop.patience goes on")
                 self._log.event(self._step, "finished", reason=why)
-            return self._evaluate(controller) if evaluate else self._log.last_loop
+            return self._last_evaluation(controller) if evaluate else self._log.last_loop
         if not evaluate and (names := [name for name in ("early_stop", "plateau") if self._trainer.config[name].metric]):
             self._console.warn(f"--mode=train does not evaluate, so config.{' and config.'.join(names)} cannot act")
         self._console.start_progress(self._step, total)
