@@ -111,12 +111,20 @@ def dtype_on_the_way(losses: tf.Tensor, outputs) -> tf.DType | None:
     return None
 
 
+@tf.autograph.experimental.do_not_convert
+def depends_on(losses: tf.Tensor, outputs) -> bool:
+    """Whether losses are computed from the outputs, or from any variable."""
+    starts = {tensor.ref() for tensor in _tensors(outputs)}
+    return any(tensor.ref() in starts or tensor.dtype == tf.resource for tensor in backwards([losses]))
+
+
 def dtypes(nodes: Iterable[node_def_pb2.NodeDef]) -> frozenset[tf.DType]:
     values = [value for node in nodes for value in node.attr.values()]
     return frozenset(tf.as_dtype(number) for value in values for number in (value.type, *value.list.type) if number)
 
 
 def all_nodes(graph: tf.Graph) -> list[node_def_pb2.NodeDef]:
+    """Returns the nodes of a graph, and of all functions that it calls."""
     definition = graph.as_graph_def()
     return [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
 

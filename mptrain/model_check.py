@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
-from mptrain import forward_graph, keras_compat
+from mptrain import forward_graph, keras_compat, step_check
 from mptrain import precision as precision_lib
 from mptrain.errors import InputError, one_line
 from mptrain.forward_graph import SIXTEEN_BITS, Forward
@@ -13,7 +13,7 @@ from mptrain.precision import Precision
 
 
 def forward(trainer, *, own_step: bool) -> Forward:
-    """Traces a trainer's model and its loss on two examples, and checks the dtypes of outputs and loss.
+    """Traces a trainer's model and its loss on a few examples, and checks the dtypes of outputs and loss.
 
     Args:
         trainer: a `Trainer` that has its model.
@@ -23,7 +23,9 @@ def forward(trainer, *, own_step: bool) -> Forward:
     Raises:
         InputError: if outputs or loss are 16 bits wide, or the loss is not one for each example.
     """
-    batch = {name: tf.TensorSpec([2, *spec.shape], spec.dtype) for name, spec in trainer.train_source.spec.items()}
+    sizes = {size for spec in trainer.train_source.spec.values() for size in spec.shape}
+    examples = next(count for count in range(2, len(sizes) + 3) if count not in sizes)  # a size that no other dimension has
+    batch = {name: tf.TensorSpec([examples, *spec.shape], spec.dtype) for name, spec in trainer.train_source.spec.items()}
 
     def model(batch):
         return trainer.model(trainer.precision.cast_to_compute(trainer.inputs(batch)), training=False)
@@ -32,10 +34,10 @@ def forward(trainer, *, own_step: bool) -> Forward:
         outputs = trainer.precision.cast_to_output(outputs)
         check_is_float32(f"what {type(trainer).__name__}.model returns", outputs, "give its last layer dtype='float32'")
         name = f"{type(trainer).__name__}.compute_loss()"
-        losses = trainer.compute_loss(batch, outputs)
-        means = per_example(name, losses)
-        if means.shape.rank is not None and means.shape[:1] != [2]:
-            raise InputError(f"{name} returns {means.shape[0]} losses for 2 examples: return one for each")
+        with step_check.telling(name):
+            losses = trainer.compute_loss(batch, outputs)
+        per_example(name, losses)
+        _check_losses(name, losses, outputs, examples)
         if dtype := forward_graph.dtype_on_the_way(losses, outputs):
             raise InputError(f"{name} takes the outputs through {dtype.name}: leave them in float32 from the model to the loss")
 
@@ -49,6 +51,20 @@ def forward(trainer, *, own_step: bool) -> Forward:
         raise
 
 
+def _check_losses(name: str, losses: tf.Tensor, outputs, examples: int) -> None:
+    if losses.shape.rank is not None:
+        if losses.shape[:1] != [examples]:
+            raise InputError(f"{name} returns {losses.shape[0]} losses for {examples} examples: return one for each")
+        inside = [size for tensor in tf.nest.flatten(outputs) if tf.is_tensor(tensor) for size in (tensor.shape[1:] or [])]
+        if examples in losses.shape[1:] and examples not in inside:
+            raise InputError(
+                f"{name} returns losses of shape {losses.shape} for {examples} examples, each with the targets of all: give"
+                " targets and outputs the same shape, as outputs[:, 0] does"
+            )
+    if not forward_graph.depends_on(losses, outputs):
+        raise InputError(f"{name} returns losses that do not depend on the outputs: they have no gradient")
+
+
 def per_example(name: str, losses) -> tf.Tensor:
     """Returns the loss of each example, float32 [examples], from what the function `name` returned.
 
@@ -58,6 +74,10 @@ def per_example(name: str, losses) -> tf.Tensor:
     if not tf.is_tensor(losses):
         raise InputError(f"{name} returns {losses!r}: return one tensor, the loss of each example")
     check_is_float32(f"what {name} returns", losses, "compute the loss from the outputs, which are float32")
+    if not losses.dtype.is_floating:
+        raise InputError(
+            f"{name} returns {losses.dtype.name}, which has no gradient: return the loss of each example in float32"
+        )
     losses = tf.cast(losses, tf.float32)
     if losses.shape.rank == 0:
         raise InputError(

@@ -22,6 +22,7 @@ from mptrain import (
     optimizers,
     parameter_groups,
     precision,
+    step_check,
     weight_decay,
     workers_check,
 )
@@ -372,7 +373,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     def eval_step(self, iterator) -> None:
         """Evaluates one global batch in every replica; cross-replica context, in the graph."""
         batch = next(iterator)
-        self.strategy.run(lambda batch: self.replica_eval_step(data.replica_share(batch, self.strategy)), args=(batch,))
+        self.strategy.run(lambda batch: self._checked_eval_step(data.replica_share(batch, self.strategy)), args=(batch,))
 
     def eval_end(self) -> dict[str, float]:
         return self._metric_results()
@@ -408,20 +409,13 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self._guard(lambda: self._checked_step(batch))
 
     def _checked_step(self, batch: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        applied = self.replica_train_step(batch)
-        if applied is None:
-            raise InputError(
-                f"{type(self).__name__}.replica_train_step() returns nothing: end it with `return applied`, what"
-                " optimizer.apply_gradients() returned"
-            )
-        if isinstance(self.optimizer, Optimizers) and not (
-            isinstance(applied, Mapping) and applied.keys() == self.optimizers.keys()
-        ):
-            raise InputError(
-                f"{type(self).__name__}.replica_train_step() returns {applied!r}: return {{name: applied}}, what"
-                f" apply_gradients() of each optimizer returned, for {' and '.join(self.optimizers)}"
-            )
-        return applied
+        with step_check.watching(self, "replica_train_step"):
+            applied = self.replica_train_step(batch)
+        return step_check.applied(f"{type(self).__name__}.replica_train_step()", applied, self.optimizers)
+
+    def _checked_eval_step(self, batch: Mapping[str, tf.Tensor]) -> None:
+        with step_check.watching(self, "replica_eval_step"):
+            self.replica_eval_step(batch)
 
     def _per_example(self, losses: tf.Tensor) -> tf.Tensor:
         return model_check.per_example(f"{type(self).__name__}.compute_loss()", losses)
