@@ -42,6 +42,7 @@ setup(
         "mlflow": ["alembic", "mlflow-skinny>=3", "sqlalchemy"],  # the others are for a store without a server
         "wandb": ["wandb>=0.20"],
         "optuna": ["optuna>=4"],  # for mptrain.sweep.optuna
+        "onnx": ["onnx", "tf2onnx>=1.17"],  # for export.onnx
         "tfds": ["array-record", "tensorflow-datasets"],
         "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "selenium"],
     },

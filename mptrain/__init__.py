@@ -20,6 +20,7 @@ _HOMES = {
     "LossScaleOptimizer": "mptrain.loss_scale",
     "Optimizers": "mptrain.several_optimizers",
     "default_config": "mptrain.config",
+    "export": "mptrain.exports",
     "restore": "mptrain.earlier_run",
     "grid": "mptrain.pictures",
     "run": "mptrain.runner",

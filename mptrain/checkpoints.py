@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from mptrain import tensor_file
-from mptrain.errors import RunError
+from mptrain.errors import InputError, RunError
 from mptrain.tensor_file import DamagedError
 
 _NAME = re.compile(r"ckpt-(0|[1-9]\d*)")
@@ -145,6 +145,25 @@ class Checkpoints:
         """Returns the step of the checkpoint with the highest rating, the earliest of equals; None where none is rated."""
         ratings = self._ratings()
         return max(ratings, key=lambda step: (ratings[step], -step), default=None)
+
+    def chosen(self, field: str, wanted: str | int) -> int | None:
+        """Returns the step of the checkpoint that a config field names: "best" or a step; None for "newest".
+
+        Raises:
+            InputError: if it is not there.
+        """
+        if wanted == "newest":
+            return None
+        steps, step = self.steps(), self.best() if wanted == "best" else wanted
+        there = ", ".join(map(str, steps))
+        if step is None:
+            raise InputError(
+                f"{field} is 'best', and no checkpoint in {self.directory} is rated: train with checkpoint.keep_best, or write"
+                f" newest, or one of {there}"
+            )
+        if step not in steps:
+            raise InputError(f"{field} is {step}, which is not in {self.directory}: write newest, best, or one of {there}")
+        return step
 
     def hold_oldest(self, hold: bool) -> None:
         """Keeps what is now the oldest checkpoint, however many come after it, until called with False."""

@@ -21,8 +21,19 @@ from ml_collections import ConfigDict, config_dict
 
 from mptrain.errors import InputError
 
-MODES = ("train", "eval", "train_and_eval", "continuous_eval", "verify_resume", "numerics", "parity", "sweep")
+MODES = (
+    "train",
+    "eval",
+    "train_and_eval",
+    "continuous_eval",
+    "export",
+    "verify_resume",
+    "numerics",
+    "parity",
+    "sweep",
+)
 PRECISIONS = ("auto", "native", "float32", "mixed_float16", "mixed_bfloat16")
+EXPORTED = ("float32", "as_trained")
 COMPARED = ("native", "mixed_float16", "mixed_bfloat16")  # with float32, in --mode=parity
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "piecewise")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
@@ -44,6 +55,7 @@ RESUMABLE = (
     "nan_guard.",
     "profile.",
     "log.",
+    "export.",
     "checkpoint.",
     "devices.",
     "data.eval_batch_size",
@@ -127,6 +139,7 @@ def default_config() -> ConfigDict:
     config.eval.every_epochs = 1.0
     config.eval.checkpoint = _either("newest")  # --mode=eval: newest | best (as checkpoint.best_metric says) | a step
     config.eval.timeout = 3600.0  # --mode=continuous_eval: seconds without news of the run that end it; 0: waits for ever
+    config.eval.steps = 0  # batches in one evaluation, the first ones of the data; 0: all
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # absolute multiples; the last step is always saved
@@ -137,6 +150,12 @@ def default_config() -> ConfigDict:
     config.checkpoint.best_mode = "min"  # min | max
     config.checkpoint.async_save = False  # True: a thread writes while training goes on; one interval behind at most
     config.checkpoint.restart_if_damaged = False  # True: begin anew where there are checkpoints and none is whole
+
+    config.export = ConfigDict()  # --mode=export
+    config.export.checkpoint = _either("newest")  # newest | best (as checkpoint.best_metric says) | a step
+    config.export.precision = "float32"  # float32 | as_trained: 16-bit layers compute as in evaluation, with the same bits
+    config.export.onnx = False  # True: model.onnx too; needs tf2onnx
+    config.export.at_end = False  # True: also when training has ended
 
     config.early_stop = ConfigDict()  # ends the run when evaluations do not get better any more
     config.early_stop.metric = ""  # of the evaluation; "": off

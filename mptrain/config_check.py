@@ -13,6 +13,7 @@ from mptrain import durations, optimizer_check, time_span
 from mptrain.config import (
     CLUSTERS,
     COMPARED,
+    EXPORTED,
     FREE_GROUPS,
     LOGGERS,
     PRECISIONS,
@@ -116,6 +117,11 @@ def _value_faults(config: ConfigDict) -> Iterator[str]:
         yield f"config.data.dir is empty: data.name={config.data.name!r} needs {needed[config.data.name]}"
     if not 0 < config.data.eval_fraction < 1:
         yield f"config.data.eval_fraction is {config.data.eval_fraction}: write a number between 0 and 1"
+    if config.export.onnx and config.export.precision != "float32":
+        yield (
+            f"config.export.onnx is True and export.precision is {config.export.precision!r}: ONNX runtimes leave roundings"
+            " out, so write 'float32'"
+        )
     for name in config.parity.precisions:
         if name not in COMPARED:
             yield f"config.parity.precisions names {name!r}: write some of {', '.join(COMPARED)}"
@@ -133,9 +139,10 @@ def _action_faults(config: ConfigDict) -> Iterator[str]:
         time_span.seconds(config.train.time_limit)
     except ValueError as error:
         yield f"config.train.time_limit: {error}"
-    chosen = config.eval.checkpoint
-    if chosen not in ("newest", "best") and (isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 0):
-        yield f"config.eval.checkpoint is {chosen!r}: write newest, best, or the step of a checkpoint"
+    for group in ("eval", "export"):
+        chosen = config[group].checkpoint
+        if chosen not in ("newest", "best") and (isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 0):
+            yield f"config.{group}.checkpoint is {chosen!r}: write newest, best, or the step of a checkpoint"
     rate, floor = config.optimizer.learning_rate, config.plateau.min_learning_rate
     if config.plateau.metric and floor >= rate:
         yield (
@@ -170,6 +177,7 @@ def _choice_faults(config: ConfigDict) -> Iterator[str]:
         "early_stop.mode": ("min", "max"),
         "plateau.mode": ("min", "max"),
         "log.wandb_mode": ("", "online", "offline"),
+        "export.precision": EXPORTED,
     }
     values = dict(fields(config))
     for path, allowed in choices.items():
@@ -224,6 +232,7 @@ def _range_faults(config: ConfigDict) -> Iterator[str]:
         "nan_guard.patience",
         "profile.start_step",
         "profile.steps",
+        "eval.steps",
         "numerics.every_steps",
         "numerics.every_epochs",
         "schedule.warmup_steps",

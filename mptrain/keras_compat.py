@@ -49,6 +49,22 @@ def is_keras_layer(module: tf.Module) -> bool:
     return isinstance(module, (keras.Layer, tf_keras.layers.Layer))
 
 
+def generation(model) -> str | None:
+    """Returns "keras" or "tf_keras" for a model that one of them can save whole; None for others."""
+    if isinstance(model, keras.Model):
+        return "keras"
+    return "tf_keras" if isinstance(model, tf_keras.Model) else None
+
+
+def own_classes(model) -> list[str]:
+    """Returns the paths of the classes in a Keras model that are not Keras's: who loads a saved one must have them."""
+    classes = {type(layer) for layer in layers_in(model)}
+    return sorted(f"{each.__module__}.{each.__qualname__}" for each in classes if each.__module__.split(".")[0] not in _KERAS)
+
+
+_KERAS = ("keras", "tf_keras")
+
+
 def variables_by_path(variables: Iterable) -> dict[str, tf.Variable]:
     """Returns {path: variable} in the given order; a path that stands twice gets "#2", "#3" ..."""
     by_path = {}

@@ -309,6 +309,11 @@ class LossScaleOptimizer(tf.Module):
             raise InputError(f"the loss scale in {path} is {scale}: it must be above 0 and finite, so start from initial_scale")
         self._scale.start_from(scale, applied_in_a_row)
 
+    @property
+    def has_average(self) -> bool:
+        """Whether the weights have averages, which start at the first update; on the host."""
+        return self._average is not None and int(self._average.updates.numpy()) > 0
+
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The variables hold their moving averages inside this context, and their own values after it; on the host."""

@@ -133,6 +133,13 @@ def _metrics(row: dict) -> dict[str, float]:
     return {name: math.nan if row[name] is None else row[name] for name in row if name not in _NO_METRICS}
 
 
+def evaluation_at(path: pathlib.Path, step: int) -> dict[str, float | None] | None:
+    """Returns the metrics of the last evaluation at `step`, or None; `path` need not be there."""
+    rows = [row for row in map(_row, path.read_text(errors="replace").splitlines()) if row] if path.exists() else []
+    found = [row for row in rows if row["step"] == step and row.get("split") == "eval"]
+    return {name: value for name, value in found[-1].items() if name not in (*_NO_METRICS, "mode")} if found else None
+
+
 def _row(line: str) -> dict | None:
     """Returns the row; None for a line that a kill cut short, the one that was written behind it, and what is none."""
     try:

@@ -40,6 +40,7 @@ class RunFolder:
         self.plan_file = self.path / "precision_plan.txt"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.exports = self.path / "export"
         self._owner = b""  # what the lock file says, where this process holds it
         self._began_in = None  # the precision in config.json, once `changes` has read it
         self._check_usable(read_only)
@@ -205,9 +206,7 @@ class RunFolder:
             "config": dict(config_lib.fields(config)),
             "precision": precision,
             "devices": devices,
-            "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-            "git_revision": _git_revision(),
-            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **provenance(),
         }
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -233,6 +232,15 @@ def saved_config(folder: str | os.PathLike) -> ConfigDict:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error!r}): name another run's folder") from error
     return config
+
+
+def provenance() -> dict[str, object]:
+    """Returns what a file was written by: versions, the git revision of the checkout, the time."""
+    return {
+        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "git_revision": _git_revision(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

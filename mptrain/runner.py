@@ -11,7 +11,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import config as config_lib
-from mptrain import config_check, devices, keras_compat, loggers, parameter_groups, precision, verify_resume
+from mptrain import config_check, devices, exports, keras_compat, loggers, parameter_groups, precision, verify_resume
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
 from mptrain.continuous_eval import Follower
@@ -23,21 +23,25 @@ from mptrain.training_run import TrainingRun
 from mptrain.workers import Workers
 
 _WRITING = ("train", "train_and_eval")  # the modes that continue a run; the others look at it
+_CHOOSING = ("eval", "export")  # the modes that look at one checkpoint
 _SHARED_WITHIN = 30.0  # seconds in which a file that the chief has written is seen by all workers
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_eval") -> dict[str, float]:
+def run(
+    config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_eval", console: Console | None = None
+) -> dict[str, float]:
     """Runs one mode of the run that `config` describes, in the folder `workdir`; goes on where the folder's run stopped.
 
     Args:
         config: a config made from `mptrain.default_config()`.
         workdir: the run's folder; made if it is not there.
-        mode: "train", "eval" (of a checkpoint), "train_and_eval", "continuous_eval", "verify_resume", "numerics" or "parity"
-            (see there).
+        mode: "train", "eval" (of a checkpoint), "train_and_eval", "continuous_eval", "export", "verify_resume", "numerics" or
+            "parity" (see there).
+        console: what the user sees of it; default: the terminal.
 
     Returns:
-        The final metrics: those of the last evaluation; in mode "train", of the last loop; in the last three, counts. A run
-        that an action ended early returns them as well.
+        The final metrics: those of the last evaluation; in mode "train", of the last loop; in "export", those that were logged
+        at its step; in the last three, counts. A run that an action ended early returns them as well.
 
     Raises:
         InputError: if config, data or folder cannot be used; nothing was written.
@@ -50,6 +54,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
         raise InputError("mode 'sweep' needs what to try: call mptrain.sweep.mode.sweep(config, search, workdir)")
     config_check.validate(config)
     folder = RunFolder(workdir, read_only=mode in ("eval", "continuous_eval"))
+    if config.export.onnx and (mode == "export" or mode in _WRITING and config.export.at_end):
+        exports.check_onnx()
     if mode == "verify_resume" and devices.is_multi_worker(config.devices):
         raise InputError("--mode=verify_resume kills and restarts the run on this host: use another devices.strategy for it")
     if mode == "parity" and devices.is_multi_worker(config.devices):
@@ -59,21 +65,23 @@ def run(config: ConfigDict, workdir: str | os.PathLike, mode: str = "train_and_e
     if mode in _WRITING:
         loggers.classes(config)  # refuses what is not there before anything is built
     if mode == "verify_resume":
-        return verify_resume.verify(config, folder.path / "verify_resume", Console())
+        return verify_resume.verify(config, folder.path / "verify_resume", console or Console())
+    if mode == "export" and devices.is_multi_worker(config.devices):
+        raise InputError("--mode=export needs one process: use another devices.strategy for it")
     folder.changes(config)  # refuses another run's folder before anything is built
     strategy = devices.strategy(config.devices)
     with Workers(strategy).named_in_errors(), folder.named_in_errors():
-        return _locked(build_trainer(config, strategy), folder, mode)
+        return _locked(build_trainer(config, strategy), folder, mode, console)
 
 
-def _locked(trainer: Trainer, folder: RunFolder, mode: str) -> dict[str, float]:
+def _locked(trainer: Trainer, folder: RunFolder, mode: str, console: Console | None) -> dict[str, float]:
     trainer.workers.check_same({"--mode": mode})
     chief, keep = trainer.workers.is_chief, trainer.config.checkpoint
-    console = Console("" if chief else str(trainer.workers))
+    console = console or Console("" if chief else str(trainer.workers))
     best = f"{keep.best_mode} {keep.best_metric}"
     checkpoints = Checkpoints(folder.checkpoints, trainer.state, keep.keep, keep.keep_best, best, keep.async_save, not chief)
-    if mode == "eval" and chief and not checkpoints.steps():
-        raise InputError(f"--mode=eval: {folder.checkpoints} holds no checkpoint: name the folder of a run in --workdir")
+    if mode in ("eval", "export") and chief and not checkpoints.steps():
+        raise InputError(f"--mode={mode}: {folder.checkpoints} holds no checkpoint: name the folder of a run in --workdir")
     if mode not in _WRITING or not chief:
         return _run_mode(trainer, folder, checkpoints, console, mode)
     folder.lock()
@@ -101,7 +109,12 @@ def _run_mode(trainer, folder, checkpoints, console, mode) -> dict[str, float]:
         from mptrain.numerics.parity import mode as parity_mode
 
         return parity_mode.parity(trainer, folder.path / "report", console)
-    return TrainingRun(trainer, folder, checkpoints, console, log).run(mode)
+    if mode == "export":
+        return exports.of_run(trainer, folder, console)
+    outputs = TrainingRun(trainer, folder, checkpoints, console, log).run(mode)
+    if mode in _WRITING and trainer.config.export.at_end:
+        exports.at_end(trainer, folder, checkpoints, console)
+    return outputs
 
 
 def _check_shared(folder: RunFolder, workers: Workers) -> None:
@@ -141,9 +154,10 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
         plan += f"warning      {warning}\n"
     fallbacks = []
     try:
+        step = checkpoints.chosen(f"config.{mode}.checkpoint", trainer.config[mode].checkpoint) if mode in _CHOOSING else None
         with trainer.strategy.scope():
-            if mode == "eval" and trainer.config.eval.checkpoint != "newest":
-                step = _restore_chosen(checkpoints, trainer.config.eval.checkpoint)
+            if step is not None:
+                checkpoints.restore(step)
             else:
                 step = checkpoints.restore_newest(
                     fallbacks.append, put_aside=mode in _WRITING, restart=trainer.config.checkpoint.restart_if_damaged
@@ -151,8 +165,8 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
     except RunError:
         _tell_fallbacks(fallbacks, 0, console, _log(folder, mode, None))
         raise
-    if step is None and mode == "eval":
-        raise RunError(f"--mode=eval: no checkpoint in {folder.checkpoints} is whole")
+    if step is None and mode in ("eval", "export"):
+        raise RunError(f"--mode={mode}: no checkpoint in {folder.checkpoints} is whole")
     if step is None and not trainer.config.checkpoint.restart_if_damaged:
         folder.check_nothing_is_lost(trainer.config, changes)
     _agreed_step(trainer, step)
@@ -163,7 +177,7 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
     log = _log(folder, mode, step)
     if mode in _WRITING:
         log = loggers.start(log, trainer.config, folder.path, step or 0, console)
-    if not folder.writable:
+    if not folder.writable and mode == "eval":
         console.warn(f"{folder.path} cannot be written to: the evaluation is printed and not logged")
     _tell_fallbacks(fallbacks, step or 0, console, log)
     for path, (before, now) in changes.items():
@@ -177,25 +191,6 @@ def _begin(trainer, folder, checkpoints, console, mode, changes) -> MetricsLog |
             changes={path: list(pair) for path, pair in changes.items()},
         )
     return log
-
-
-def _restore_chosen(checkpoints: Checkpoints, chosen: str | int) -> int:
-    """Restores the checkpoint that `config.eval.checkpoint` names, and returns its step.
-
-    Raises:
-        InputError: if there is none such.
-    """
-    steps = checkpoints.steps()
-    step = checkpoints.best() if chosen == "best" else chosen
-    if step is None:
-        raise InputError(
-            f"config.eval.checkpoint is 'best', and no checkpoint in {checkpoints.directory} is rated: train with"
-            " checkpoint.keep_best, or write one of " + ", ".join(map(str, steps))
-        )
-    if step not in steps:
-        raise InputError(f"config.eval.checkpoint is {step}: write newest, best, or one of {', '.join(map(str, steps))}")
-    checkpoints.restore(step)
-    return step
 
 
 def _log(folder: RunFolder, mode: str, step: int | None) -> MetricsLog | NoLog:

@@ -242,6 +242,24 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             if name != "loss":
                 metric.update_state(batch["targets"], outputs, sample_weight=weight)
 
+    def serve(self, batch: Mapping[str, tf.Tensor]):
+        """Returns what an exported model answers, [batch, ...] each: a tensor, or a tuple or mapping of them; in the graph.
+
+        Default: the model's outputs, in float32. Traced once, in a replica context, for a batch of any size.
+
+        Args:
+            batch: what `serving_spec` describes; the data's elements, as `inputs` takes them.
+        """
+        inputs = self.precision.cast_to_compute(self.inputs(batch))
+        return self.precision.cast_to_output(self.model(inputs, training=False))
+
+    def serving_spec(self) -> dict[str, tf.TensorSpec]:
+        """Returns name -> `tf.TensorSpec` of one example that an exported model is given.
+
+        Default: the elements of the evaluation data, without "targets" and "weight"; what `serve` does not read is left out.
+        """
+        return {name: spec for name, spec in self.eval_source.spec.items() if name not in ("targets", "weight")}
+
     # What a researcher calls.
 
     def reduce_loss(self, losses: tf.Tensor) -> tf.Tensor:
@@ -280,7 +298,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     @property
     def eval_steps(self) -> int:
         """Batches in one evaluation."""
-        return data.eval_steps(self.eval_source, self.config.data.eval_batch_size)
+        return data.eval_steps(self.eval_source, self.config.data.eval_batch_size, at_most=self.config.eval.steps)
 
     @property
     def state(self) -> dict[str, tf.Variable]:

@@ -189,18 +189,20 @@ def as_source(examples) -> AnySource:
     )
 
 
-def eval_steps(source: AnySource, batch_size: int) -> int:
-    """Returns the number of batches in one evaluation.
+def eval_steps(source: AnySource, batch_size: int, at_most: int = 0) -> int:
+    """Returns the number of batches in one evaluation: of all examples, or at most so many where `at_most` is not 0.
 
     Raises:
         InputError: if the source never ends.
     """
     if not isinstance(source, DatasetSource):
-        return math.ceil(len(source) / batch_size)
-    steps = int(source.dataset.cardinality())
+        steps = math.ceil(len(source) / batch_size)
+        return min(steps, at_most) if at_most else steps
+    dataset = source.dataset.take(at_most) if at_most else source.dataset
+    steps = int(dataset.cardinality())
     if steps == tf.data.INFINITE_CARDINALITY:
         raise InputError("the tf.data.Dataset for evaluation never ends: leave out .repeat(), or add .take(BATCHES)")
-    return steps if steps >= 0 else int(source.dataset.reduce(0, lambda count, _: count + 1))
+    return steps if steps >= 0 else int(dataset.reduce(0, lambda count, _: count + 1))
 
 
 def _named(example, targets=None) -> dict:
