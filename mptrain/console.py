@@ -23,11 +23,13 @@ class Console:
 
     Args:
         worker: name of a worker that is not the chief: it prints warnings only, each with its name.
+        quiet: whether only warnings are printed, each once.
     """
 
-    def __init__(self, worker: str = ""):
+    def __init__(self, worker: str = "", quiet: bool = False):
         self._prefix = f"mptrain: {worker}: " if worker else "mptrain: "
-        self._quiet = bool(worker)
+        self._quiet = quiet or bool(worker)
+        self._told = set() if quiet else None
         self._err = rich.console.Console(stderr=True, highlight=False)
         # Where both are the same terminal, lines go through the console that owns the bar, which keeps it below them.
         both = self._err.is_terminal and sys.stdout.isatty() and not self._quiet
@@ -47,6 +49,10 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Prints one line that the user should act on."""
+        if self._told is not None:
+            if text in self._told:
+                return
+            self._told.add(text)
         self._err.print(f"{self._prefix}{text}", markup=False, soft_wrap=True, style="yellow")
 
     def plan(self, rows: Sequence[PlanRow], notes: Sequence[str]) -> str:

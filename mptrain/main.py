@@ -24,6 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; fiel
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default: runs/CONFIG_NAME/DATE-TIME. Resumes.")
 _MODE = flags.DEFINE_enum("mode", "train_and_eval", list(config_lib.MODES), "What to do.")
 _PRINT = flags.DEFINE_bool("print_config", False, "Prints the config, as it was resolved from file and flags, and ends.")
+_FAST_DEV_RUN = flags.DEFINE_bool("fast_dev_run", False, "Try two steps of everything, and leave nothing behind.")
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +38,13 @@ def main(argv: list[str]) -> None:
         return
     from mptrain import devices, runner  # import TensorFlow, so they wait until flags and config are good
 
+    if _FAST_DEV_RUN.value:
+        if not flags.FLAGS["mode"].using_default_value:
+            raise InputError("--fast_dev_run tries all that a run does: leave out --mode")
+        from mptrain.fast_dev_run import fast_dev_run
+
+        fast_dev_run(_CONFIG.value)
+        return
     if _WORKDIR.value is None and devices.is_multi_worker(_CONFIG.value.devices):
         raise InputError("several workers must share one run folder: name it with --workdir=DIR")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
