@@ -5,15 +5,15 @@ from ml_collections import ConfigDict
 from mptrain import default_config
 
 
-def get_config() -> ConfigDict:
+def get_config(teacher: str = "") -> ConfigDict:
     config = default_config()
     config.trainer = "experiments.distillation.DistillationTrainer"
-    config.model = ConfigDict({"teacher": "", "teacher_share": 0.9, "temperature": 4.0, "units": 32, "shift": 1})
+    config.model = ConfigDict({"teacher": teacher, "teacher_share": 0.9, "temperature": 4.0, "units": 32, "shift": 1})
     config.precision.policy = "mixed_float16"
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-3
     config.schedule.name = "cosine"
     config.schedule.warmup_steps = 200
     config.data.batch_size = 128
-    config.train.epochs = 6.0
+    config.train.epochs = 3.0
     return config

@@ -27,7 +27,7 @@ class SamTrainer(MnistTrainer):
             tape.watch(highest)
             *_, scaled_loss = self.forward(batch)
         gradients = self.optimizer.get_unscaled_gradients(tape.gradient(scaled_loss, highest))
-        # Where the first pass overflowed, so must these: ReLU and pooling may hide a weight that is NaN.
+        # Where the first pass overflowed, so must these: pooling passes over a NaN, and the second may not show it.
         gradients = [tf.where(tf.math.is_finite(norm), gradient, norm) for gradient in gradients]
         applied = self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
         self.update_metrics(batch, outputs, loss)

@@ -24,6 +24,7 @@ from mptrain.runner import build_trainer
 from tests.runs import rows
 from tests.trainers import TinyTrainer
 
+TRACED = []  # each pass of an OverflowingSamTrainer that was traced
 TOO_HIGH = 1e30  # a loss scale at which every float16 gradient overflows
 SMALL = {
     "gan": {"model.width": 2, "model.noise": 4},
@@ -230,16 +231,26 @@ class TinySamTrainer(SamTrainer):
 class OverflowingSamTrainer(TinySamTrainer):
     """The loss of one of the two passes is scaled beyond float32, on the last replica."""
 
-    overflows = 0
-    traced = 0
-
     def forward(self, batch):
         outputs, loss, scaled_loss = super().forward(batch)
-        self.traced += 1
+        TRACED.append("pass")
+        in_second = len(TRACED) % 2 == 0
         replica = tf.distribute.get_replica_context()
         last = tf.equal(replica.replica_id_in_sync_group, replica.num_replicas_in_sync - 1)
-        here = tf.logical_and(last, self.traced % 2 == self.overflows % 2)
+        here = tf.logical_and(last, in_second == (self.config.model.overflowing_pass == 2))
         return outputs, loss, scaled_loss * tf.where(here, 3e38, 1.0)
+
+
+class HidingSamTrainer(TinySamTrainer):
+    """Pools over what the convolution gives, and so over every NaN; the inputs make the convolution's gradient overflow."""
+
+    def inputs(self, batch):
+        return 1000.0 * batch["inputs"]
+
+    def build_model(self):
+        layers = keras.layers
+        inside = [layers.Conv2D(4, 3), layers.MaxPooling2D(4), layers.ReLU(), layers.Flatten()]
+        return keras.Sequential([keras.Input((6, 6, 1)), *inside, layers.Dense(3, dtype="float32")])
 
 
 def sam_config(config, rho):
@@ -252,11 +263,18 @@ def sam_config(config, rho):
 class TestSam:
     @pytest.mark.parametrize("overflowing_pass", [1, 2])
     def test_overflow_of_either_pass_on_one_replica_changes_nothing(self, config, mirrored, overflowing_pass):
+        config.model.overflowing_pass = overflowing_pass
         trainer = OverflowingSamTrainer(sam_config(config, 0.1), mirrored(2))
-        trainer.overflows = overflowing_pass
         before = values(trainer)
         outputs = trainer.train(tf.constant(1))
         assert outputs["skipped_steps"] == 1
+        assert {path for path in changed(trainer, before) if "/loss_scale/" not in path} == {"step"}
+
+    def test_overflow_of_the_first_pass_counts_where_the_second_hides_it(self, config):
+        config.loss_scale.initial_scale = 2.0**15
+        trainer = HidingSamTrainer(sam_config(config, 0.1))
+        before = values(trainer)
+        assert trainer.train(tf.constant(1))["skipped_steps"] == 1
         assert {path for path in changed(trainer, before) if "/loss_scale/" not in path} == {"step"}
 
     def test_ball_of_radius_zero_is_plain_training_to_the_bit(self, config, mirrored):
