@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import tensorflow as tf
 
 from mptrain.errors import InputError
+from mptrain.trainer import Trainer
 
 
 class WritePictures:
@@ -15,7 +16,7 @@ class WritePictures:
         folder: TensorBoard's; None: nothing is written, as by the workers that are not the chief.
     """
 
-    def __init__(self, trainer, folder: str | None):
+    def __init__(self, trainer: Trainer, folder: str | None):
         self._trainer = trainer
         self._folder = folder
         self._draw = tf.function(trainer.pictures)
@@ -27,6 +28,8 @@ class WritePictures:
         Raises:
             InputError: if one is none.
         """
+        if type(self._trainer).pictures is Trainer.pictures:
+            return
         with self._trainer.kernels.scope(), self._trainer.optimizer.averaged_weights():
             pictures = self._draw()
         for name, picture in pictures.items():
@@ -49,7 +52,12 @@ def grid(images: tf.Tensor, columns: int) -> tf.Tensor:
     Args:
         images: [count, height, width, channels]; `count` is a multiple of `columns`.
         columns: how many in a row.
+
+    Raises:
+        InputError: if the last row would not be full.
     """
     count, height, width, channels = images.shape
+    if count % columns:
+        raise InputError(f"mptrain.grid() is given {count} images for rows of {columns}: give a multiple of {columns}")
     rows = tf.reshape(images, [count // columns, columns, height, width, channels])
     return tf.reshape(tf.transpose(rows, [0, 2, 1, 3, 4]), [count // columns * height, columns * width, channels])

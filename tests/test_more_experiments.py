@@ -181,6 +181,11 @@ def test_picture_of_a_wrong_shape_is_refused(config):
         action({})
 
 
+def test_rows_of_a_grid_must_be_full():
+    with pytest.raises(mptrain.InputError, match="10 images for rows of 4"):
+        mptrain.grid(tf.zeros([10, 2, 2, 1]), columns=4)
+
+
 class TestDistillation:
     @pytest.fixture(scope="class")
     def student(self, small, teacher):
