@@ -110,7 +110,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.kernels = self._kernels_for(self.uses_float16)
         with self.strategy.scope():
             parameter_groups.check(self.config.optimizer.groups, self.trainable_variables)
-            self.optimizer = self.build_optimizer()
+            self.optimizer = self._checked_optimizer(own_step)
             self.learning_rate_factor = optimizers.learning_rate_factor(config, self.optimizers.values())
             self.optimizer.build(forward.in_order(self.trainable_variables))
             for each in self.optimizers.values():
@@ -409,6 +409,19 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         weight_decay.note_biases_and_norms(self.model)
         if not self.trainable_variables:
             raise InputError(f"{name} has no trainable variables: keep its layers and tf.Variables in attributes of the model")
+
+    def _checked_optimizer(self, own_step: bool) -> LossScaleOptimizer | Optimizers:
+        optimizer, name = self.build_optimizer(), f"{type(self).__name__}.build_optimizer()"
+        if not isinstance(optimizer, (LossScaleOptimizer, Optimizers)):
+            raise InputError(
+                f"{name} returns a {type(optimizer).__name__}: return mptrain.optimizers.wrap(optimizer, self.config,"
+                " scaled=self.uses_float16)"
+            )
+        if isinstance(optimizer, Optimizers) and not own_step:
+            raise InputError(
+                f"{name} returns several optimizers: override replica_train_step, which says what each one applies"
+            )
+        return optimizer
 
     def _kernels_for(self, float16: bool) -> precision.Kernels:
         return precision.kernels(float16, self.config.train.jit_compile, self.strategy)

@@ -175,6 +175,28 @@ def test_variable_must_be_trained_by_one_optimizer(config, parts, message):
         WronglyDivided(config)
 
 
+def test_several_optimizers_need_a_step_that_applies_each(config):
+    class WithoutStep(TowersTrainer):
+        replica_train_step = mptrain.Trainer.replica_train_step
+        build_model = TinyTrainer.build_model
+        compute_loss = TinyTrainer.compute_loss
+
+        def build_optimizer(self):
+            return Optimizers(all=(mptrain.Trainer.build_optimizer(self), self.model))
+
+    with pytest.raises(InputError, match=r"WithoutStep.build_optimizer\(\) returns several.*replica_train_step"):
+        WithoutStep(config)
+
+
+def test_bare_optimizer_is_refused_with_what_wraps_it(config):
+    class Bare(TinyTrainer):
+        def build_optimizer(self):
+            return keras.optimizers.SGD()
+
+    with pytest.raises(InputError, match=r"Bare.build_optimizer\(\) returns a SGD: return mptrain.optimizers.wrap"):
+        Bare(config)
+
+
 def test_part_may_be_a_list_of_variables_and_windows_must_agree():
     variable = tf.Variable(1.0)
     one, two = (LossScaleOptimizer(keras.optimizers.SGD(0.1), accumulation_steps=n) for n in (1, 2))
