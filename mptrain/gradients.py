@@ -34,9 +34,9 @@ def add_to_dense(total: tf.Tensor, gradient) -> tf.Tensor:
     return total + gradient
 
 
-def sum_of_squares(gradient) -> tf.Tensor:
-    """Returns the sum of the squares of a gradient's elements; a sparse one must have each row once."""
-    return 2.0 * tf.nn.l2_loss(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient)
+def half_sum_of_squares(gradient) -> tf.Tensor:
+    """Returns half the sum of the squares of a gradient's elements; a sparse one must have each row once."""
+    return tf.nn.l2_loss(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient)
 
 
 def with_each_row_once(gradient):

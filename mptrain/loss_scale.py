@@ -17,7 +17,7 @@ from mptrain.accumulation import GradientSums, WeightAverage
 from mptrain.arguments import check_between, check_count, check_positive
 from mptrain.dynamic_scale import DynamicScale, shared_scalar
 from mptrain.errors import InputError
-from mptrain.gradients import add_gradients, map_values, sum_of_squares, to_float32, with_each_row_once
+from mptrain.gradients import add_gradients, half_sum_of_squares, map_values, to_float32, with_each_row_once
 from mptrain.inner_optimizer import InnerOptimizer, read_tf_keras_loss_scale
 from mptrain.replicas import check_same_scope, check_strategy, merged, sum_over_replicas
 from mptrain.skip_log import Skip, SkipLog, raise_stuck
@@ -215,8 +215,8 @@ class LossScaleOptimizer(tf.Module):
         """
         self.check_loss(loss)
         loss = tf.cast(loss, tf.float32)
-        nonfinite = tf.cast(tf.logical_not(tf.reduce_all(tf.math.is_finite(loss))), tf.float32)
-        self._nonfinite_losses.assign(self._nonfinite_losses + nonfinite)
+        finite = tf.math.is_finite(loss) if loss.shape.rank == 0 else tf.reduce_all(tf.math.is_finite(loss))
+        self._nonfinite_losses.assign_add(tf.where(finite, 0.0, 1.0), read_value=False)
         return self._scale.multiply(loss)
 
     def get_unscaled_gradients(self, gradients: Iterable) -> list:
@@ -370,10 +370,8 @@ class LossScaleOptimizer(tf.Module):
     def _update(self, strategy, places: Sequence[int], gradients: list) -> tf.Tensor:
         """Updates in every replica or in none. Of what all agree on since the all-reduce, the first one's is taken."""
         firsts = [strategy.experimental_local_results(gradient)[0] for gradient in gradients]
-        squares = tf.stack([sum_of_squares(gradient) for gradient in firsts])
+        squares = 2.0 * tf.stack([half_sum_of_squares(gradient) for gradient in firsts])
         norm = tf.sqrt(tf.reduce_sum(squares))
-        finite = tf.math.is_finite(norm)
-        scale, skipped, before = self.loss_scale, self.skipped_steps, self.applied_steps
 
         def update(gradients, norm):
             self._apply(places, gradients, norm)
@@ -385,20 +383,20 @@ class LossScaleOptimizer(tf.Module):
                 update(gradients, norm)
             if self._average:
                 self._average.update()
+            self._applied_steps.assign_add(1)
+            self._consecutive_skips.assign(0)
             return tf.constant(True)
 
         def skip():
             where = [[place] for place in places]
             nonfinite = tf.scatter_nd(where, tf.logical_not(tf.math.is_finite(squares)), [len(self._trained)])
             loss_finite = tf.equal(self._count_of_nonfinite_losses(), 0)
-            self._skips.write(skipped, before, scale, loss_finite, nonfinite)
+            self._skips.write(self.skipped_steps, self.applied_steps, self.loss_scale, loss_finite, nonfinite)
+            self._skipped_steps.assign_add(1)
+            self._consecutive_skips.assign_add(1)
             return tf.constant(False)
 
-        applied = tf.cond(finite, apply, skip)
-        one = tf.cast(applied, tf.int64)
-        self._applied_steps.assign(before + one)
-        self._skipped_steps.assign(skipped + 1 - one)
-        self._consecutive_skips.assign((self._consecutive_skips + 1) * (1 - one))
+        applied = tf.cond(tf.math.is_finite(norm), apply, skip)
         self._gradient_norm.assign(norm)
         self._nonfinite_losses.assign(0.0, read_value=False)  # which would be one more all-reduce
         self._scale.adapt(applied)
