@@ -52,12 +52,31 @@ class StateGuard(tf.Module):
                 saved.assign(before[index])
         own = [tf.identity(variable) for variable in self._statistics]
         applied = step()
-        after = _averaged(self._statistics, own) + [tf.identity(variable) for variable in self._local]
-        verdicts = applied if isinstance(applied, Mapping) else {"": applied}
-        everything = tf.reduce_all(list(verdicts.values()))
-        for variable, owner, old, new in zip(variables, self._owners, before, after, strict=True):
+        verdicts = applied if isinstance(applied, Mapping) else {}
+        everything = tf.reduce_all(list(verdicts.values())) if verdicts else applied
+        shared = len(self._statistics) if _is_distributed(self._statistics) else 0
+        averaged = _averaged(variables[:shared], own)
+        for variable, owner, old, new in zip(variables, self._owners, before, averaged, strict=False):
             variable.assign(tf.where(verdicts.get(owner, everything), new, old))
+        for owner in dict.fromkeys(self._owners[shared:]):
+            places = [place for place in range(shared, len(variables)) if self._owners[place] == owner]
+            _restore_unless(verdicts.get(owner, everything), [(variables[place], before[place]) for place in places])
         return applied
+
+
+def _restore_unless(applied: tf.Tensor, pairs: list[tuple[tf.Variable, tf.Tensor]]) -> None:
+    """Gives variables their values of before where nothing was applied; a branch costs nothing where it is not taken."""
+
+    def restore() -> None:
+        for variable, old in pairs:
+            variable.assign(old, read_value=False)
+
+    tf.cond(applied, lambda: None, restore)
+
+
+def _is_distributed(variables: list[tf.Variable]) -> bool:
+    """Whether replicas share the variables: then they are averaged, and a branch must not hold what writes to all of them."""
+    return any(isinstance(variable, tf.distribute.DistributedValues) for variable in variables)
 
 
 def _copy(variable: tf.Variable) -> tf.Variable:
