@@ -62,16 +62,25 @@ class TrainLoop:
         """Runs the loop in the graph; it ends at a skipped step that is looked into, while the weights are still those."""
         trainer = self._trainer
         while steps > 0:
-            wanted = trainer.investigate is not None and trainer.investigate.wanted()
+            if trainer.investigate is None:
+                self._function(self._batches, tf.constant(steps), None)
+                return
+            wanted = trainer.investigate.wanted()
             may_be_skipped = int(trainer.optimizer.skipped_steps) if wanted else tf.int64.max
             steps -= int(self._function(self._batches, tf.constant(steps), tf.constant(may_be_skipped, tf.int64)))
             if int(trainer.optimizer.skipped_steps) > may_be_skipped:
                 trainer.investigate()
 
-    def _steps(self, batches, steps: tf.Tensor, may_be_skipped: tf.Tensor) -> tf.Tensor:
+    def _steps(self, batches, steps: tf.Tensor, may_be_skipped: tf.Tensor | None) -> tf.Tensor:
         """Trains in the graph until `steps` are done, or more than `may_be_skipped` were skipped; returns how many it did."""
+
+        def goes_on(done):
+            if may_be_skipped is None:  # no look at the counter in each step where nobody asks
+                return done < steps
+            return done < steps and self._trainer.optimizer.skipped_steps <= may_be_skipped
+
         done = tf.constant(0)
-        while done < steps and self._trainer.optimizer.skipped_steps <= may_be_skipped:
+        while goes_on(done):
             with tf.name_scope(""):
                 self._trainer.train_step(batches)
             done += 1

@@ -235,7 +235,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         """
         weight = batch.get("weight")
         if loss.shape.rank == 0:
-            self.metrics["loss"].update_state(loss * self.strategy.num_replicas_in_sync)
+            replicas = self.strategy.num_replicas_in_sync
+            self.metrics["loss"].update_state(loss * replicas if replicas > 1 else loss)
         else:
             self.metrics["loss"].update_state(loss, sample_weight=weight)
         for name, metric in self.metrics.items():
