@@ -15,7 +15,7 @@ import tempfile
 import tensorflow as tf
 
 from mptrain.data import order
-from mptrain.data.sources import AnySource, DatasetSource, eval_steps
+from mptrain.data.sources import AnySource, DatasetSource, Source, eval_steps
 from mptrain.errors import InputError
 from mptrain.workers import Workers, local_devices
 
@@ -177,8 +177,9 @@ def _numbered(source, batch, start: int, end: int) -> tf.data.Dataset:
     read = source.open()
     options = tf.data.Options()
     options.autotune.enabled = False  # holds the same thread; and there is nothing to tune
+    parallel = None if isinstance(source, Source) and source.in_memory else 2  # handing on a small batch costs more than it
     steps = tf.data.Dataset.range(start, end)
-    return steps.map(lambda step: batch(step, read), num_parallel_calls=2).prefetch(4).with_options(options)
+    return steps.map(lambda step: batch(step, read), num_parallel_calls=parallel).prefetch(4).with_options(options)
 
 
 def _places(batch_size: int, strategy: tf.distribute.Strategy) -> range:

@@ -36,9 +36,14 @@ class Source:
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether no array stays on a disk."""
+        return not any(isinstance(array, np.memmap) for array in self.arrays.values())
+
     def open(self) -> Callable[[tf.Tensor], Batch]:
         """Returns a graph function from the numbers of examples, int64 [n], to the batch of them."""
-        if any(isinstance(array, np.memmap) for array in self.arrays.values()):
+        if not self.in_memory:
             return _reader(lambda index: {name: array[index] for name, array in self.arrays.items()}, self.spec)
         with tf.device("CPU:0"):
             tables = {name: tf.constant(array) for name, array in self.arrays.items()}
