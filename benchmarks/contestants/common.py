@@ -1,0 +1,34 @@
+"""What the TensorFlow contestants share: the batches and the dtype policies."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from benchmarks import works
+from benchmarks.frame import Case
+
+
+def batches(case: Case, form=lambda inputs, targets: (inputs, targets)) -> tf.data.Dataset:
+    """Returns the batches of all steps of a case, gathered from memory ahead of the step.
+
+    Args:
+        case: whose examples, in whose order.
+        form: makes what a batch is of inputs and targets.
+    """
+    inputs, targets = (tf.constant(array) for array in works.data(case.work))
+    rows = tf.data.Dataset.from_tensor_slices(np.load(case.numbers)).repeat()
+    options = tf.data.Options()
+    options.autotune.enabled = False  # whose thread costs the small works more than it gives
+    dataset = rows.map(lambda row: form(tf.gather(inputs, row), tf.gather(targets, row)))
+    return dataset.prefetch(4).with_options(options)
+
+
+def set_policy(precision: str) -> None:
+    """Makes layers of both Keras generations compute in the precision."""
+    keras.config.set_dtype_policy(precision)
+    tf_keras.mixed_precision.set_global_policy(precision)
+
+
+def on_cpu() -> bool:
+    return not tf.config.list_physical_devices("GPU")
