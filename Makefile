@@ -1,13 +1,15 @@
 # make train [ARGS="--config.train.steps=200"]   sets up .venv and trains MNIST
 # make test | make test-fast                     all tests | without the slow ones
 # make lint                                      ruff
+# make bench [ARGS=--quick]                      mptrain beside its peers, into benchmarks/RESULTS.md, in 35 (5) minutes
+# make bench-torch                               PyTorch and Lightning for it, in a Python of their own
 PYTHON ?= python3
 CONFIG ?= configs/mnist.py
 ARGS ?=
 BIN = .venv/bin
 TWO = -n 2 --dist worksteal
 
-.PHONY: train test test-fast lint setup
+.PHONY: train test test-fast lint setup bench bench-torch
 
 train: .venv/.installed
 	$(BIN)/python -m mptrain.main --config=$(CONFIG) $(ARGS)
@@ -22,6 +24,11 @@ lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-torch: .venv-bench/.installed
+
 setup: .venv/.installed-test
 
 .venv/.installed: requirements.txt requirements-orbit.txt
@@ -33,4 +40,9 @@ setup: .venv/.installed-test
 
 .venv/.installed-test: .venv/.installed requirements-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+.venv-bench/.installed: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	touch $@

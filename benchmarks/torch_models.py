@@ -121,12 +121,12 @@ class _ResNet(_Model):
 
     def in_order_of_keras(self):
         ordered = [self.stem.conv, self.stem.norm]
-        for block in self.blocks:  # Keras lists layers by depth: the shortcut stands beside the second convolution
+        for block in self.blocks:  # Keras lists layers by depth: the shortcut stands before the second convolution
             ordered += [block.first.conv, block.first.norm]
             if isinstance(block.shortcut, nn.Identity):
                 ordered += [block.second.conv, block.second.norm]
             else:
-                ordered += [block.second.conv, block.shortcut.conv, block.second.norm, block.shortcut.norm]
+                ordered += [block.shortcut.conv, block.second.conv, block.shortcut.norm, block.second.norm]
         return [*ordered, self.logits]
 
 

@@ -1,0 +1,153 @@
+"""Runs all comparisons and writes benchmarks/RESULTS.md (and results.json beside it, with every turn).
+
+    python -m benchmarks [--quick] [--works mlp cnn] [--precisions float32] [--contestants hand mptrain] [--out=FILE]
+
+Takes about 35 minutes on two idle cores, with --quick about five (float32 and mixed_float16, two works, no Orbit and no
+PyTorch). Runs unattended: what fails or is not installed says so in its row, and after the time that
+--minutes gives, no further case is begun. The exit status is 1 where two contestants did not compute the same.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+
+from benchmarks import frame, machine, report, targets, works
+from benchmarks.contestants import ALL, PEERS, SCALERS
+
+HERE = pathlib.Path(__file__).parent
+ROUNDS = 10  # after the warm-up
+QUICK_ROUNDS = 5
+QUICK = {
+    "works": ["mlp", "cnn"],
+    "precisions": ["float32", "mixed_float16"],
+    "contestants": ["hand", "mptrain", "keras", "tf_keras"],
+}
+# Float16 kernels of a CPU, without rewritten graphs: from one to sixty seconds a step. Two turns of a step say enough, and
+# where even one takes minutes the contestant does not start.
+SLOW_TURNS = (1,) * (frame.WARM_UP + 2)
+SLOW = {("cnn", "mixed_float16"): ("keras", "keras_tuned", "tf_keras", "orbit")}
+TOO_SLOW = {(work, "mixed_float16"): SLOW["cnn", "mixed_float16"] for work in ("resnet", "transformer")}
+ELSEWHERE = {
+    "python benchmarks/mnist.py": "whole runs of the MNIST config, from start to exit, with their accuracy",
+    "python -m benchmarks.scaling": "step time under tf.distribute",
+    "python benchmarks/data.py": "seeking in the data",
+    "python benchmarks/checkpoints.py": "saving and restoring",
+    "python -m benchmarks.numerics": "looking at a run's numbers",
+    "python -m benchmarks.kills": "exact resume after a hundred kills",
+    "python -m benchmarks.gpu": "the same table on a GPU, with a ResNet-50 and a transformer of 100 million parameters",
+    "python -m benchmarks.fidelity": "whether fast float16 on a CPU is float16",
+}
+
+
+class Run:
+    """What is measured, as it comes in; each case is written down when it has ended."""
+
+    def __init__(self, options: argparse.Namespace, folder: str):
+        self.options = options
+        self.folder = folder
+        self.end = time.monotonic() + 60 * options.minutes
+        self.rounds = QUICK_ROUNDS if options.quick else ROUNDS
+        self.results: dict[tuple[str, str, str], list[frame.Turn]] = {}
+        self.tables: list[str] = []
+        self.differing: list[str] = []
+
+    def work(self, work: works.Work, names: tuple[str, ...], precisions: list[str], reference: str, title: str) -> None:
+        """Measures one work in several precisions; its contestants live as long as that takes."""
+        with contextlib.ExitStack() as stack:
+            contestants = {name: stack.enter_context(frame.Contestant(name)) for name in names}
+            for precision in precisions:
+                if time.monotonic() > self.end:
+                    self.tables += [f"### {work.name}, {precision}{title}", "", "not run: the time was over", ""]
+                    continue
+                self._case(work, precision, contestants, reference, title)
+
+    def _case(self, work: works.Work, precision: str, contestants: dict, reference: str, title: str) -> None:
+        key = (work.name, precision)
+        skipped = {name: "not run: minutes a step" for name in TOO_SLOW.get(key, ()) if name in contestants}
+        present = {name: contestant for name, contestant in contestants.items() if name not in skipped}
+        slow = {name: SLOW_TURNS for name in SLOW.get(key, ()) if name in present}
+        steps = work.quick_steps if self.options.quick else work.steps
+        turns = (steps,) * (frame.WARM_UP + self.rounds)
+        if slow:  # the others end a turn where the slow ones do, so that losses can be compared
+            turns = (1, steps - 1, *turns[1:])
+        uneven = [name for name in present if len(set(turns)) > 1 and name not in slow and ALL[name].module == "keras_fit"]
+        slow |= dict.fromkeys(uneven, turns[2:])
+        file = os.path.join(self.folder, f"{work.name}-{precision}.npy")
+        np.save(file, works.numbers(work, sum(turns)))
+        found = frame.compete(frame.Case(work, precision, turns, file), present, slow) | skipped
+        found = {name: found[name] for name in contestants}
+        table = report.case_table(f"{work.name}, {precision}{title}", found, reference, precision)
+        print("\n".join(table), flush=True)
+        self.tables += table
+        self.results |= {(*key, name): list(each) for name, each in found.items() if not isinstance(each, str)}
+        self.differing += [f"{work.name} {precision}: {name}" for name in report.differing(found, reference, precision)]
+
+
+def profiles(run: Run) -> list[str]:
+    """Returns the profile of mptrain's step, beside the loop by hand, for each work and precision with a missed target."""
+    lines = []
+    for work, precision in dict.fromkeys((target.work, target.precision) for target in targets.missed(run.results)):
+        command = [sys.executable, "-m", "benchmarks.profile", work, precision]
+        finished = subprocess.run(command, cwd=frame.ROOT, capture_output=True, text=True)
+        lines += [finished.stdout.strip() or f"{work}, {precision}: no profile: {finished.stderr.splitlines()[-1:]}", ""]
+    return lines
+
+
+def write(run: Run, load_before: str, minutes: float) -> None:
+    """Writes the report and the raw turns."""
+    lines = ["# Results", "", f"`python -m benchmarks{' --quick' if run.options.quick else ''}`, in {minutes:.0f} minutes.", ""]
+    lines += [*machine.description(), f"- load average before {load_before}, after {machine.load()}", ""]
+    if float(load_before) > 0.5:
+        lines += ["**The machine was not idle when this began: what follows is to be measured again.**", ""]
+    lines += ["## Targets", "", *report.target_table(run.results)]
+    if found := profiles(run):
+        lines += ["## Why targets were missed", "", *found]
+    lines += ["## Times", "", "Medians over turns, and ratios of neighbouring turns; see `frame.py`.", "", *run.tables]
+    lines += ["## Other benchmarks", "", *(f"- `{command}`: {what}" for command, what in ELSEWHERE.items()), ""]
+    lines += ["<details><summary>The processor's flags</summary>", "", machine.cpu_flags(), "", "</details>", ""]
+    run.options.out.write_text("\n".join(lines))
+    turns = {"/".join(key): [dataclasses.asdict(turn) for turn in value] for key, value in run.results.items()}
+    run.options.out.with_suffix(".json").write_text(json.dumps(turns))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer works, contestants and rounds")
+    parser.add_argument("--works", nargs="+", choices=works.WORKS)
+    parser.add_argument("--precisions", nargs="+", choices=works.PRECISIONS)
+    parser.add_argument("--contestants", nargs="+", choices=PEERS)
+    parser.add_argument("--minutes", type=float, default=35.0, help="after which no further case is begun")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # the smallest sizes, for tests
+    options = parser.parse_args()
+    chosen = (
+        QUICK if options.quick else {"works": list(works.WORKS), "precisions": list(works.PRECISIONS), "contestants": PEERS}
+    )
+    names = tuple(options.contestants or chosen["contestants"])
+    start, load_before = time.monotonic(), machine.load()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(options, folder)
+        for name in options.works or chosen["works"]:
+            work = works.WORKS[name].tiny() if options.tiny else works.WORKS[name]
+            reference = "hand" if "hand" in names else names[0]
+            run.work(work, names, options.precisions or chosen["precisions"], reference, "")
+            if name == "cnn" and not options.contestants:
+                run.work(work, SCALERS, ["float32"], "unscaled", ": loss scaling alone")
+        write(run, load_before, (time.monotonic() - start) / 60)
+    if run.differing:
+        sys.exit(f"not the same losses: {'; '.join(run.differing)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Whether fast float16 on a CPU is float16: gradients and overflows beside those of TensorFlow's float16 kernels.
+
+    python -m benchmarks.fidelity [--works cnn resnet transformer]
+
+For each work the gradients of one batch are computed by the float16 kernels, and by the float32 kernels that `half_kernels`
+puts under the same graph. The first column is the difference of the two, the second that of true float16 to float32, each the
+norm of the difference of all gradients over the norm of all gradients. The first must be below 1e-3 on the convolutional
+network, and below half of the second on deeper ones, through which float16's own rounding grows. The loss scale is then
+raised by factors of two, and the first at which a gradient is not finite must be the same. Exits with 1 where one of these
+does not hold. Nearly all of its minutes go into the float16 kernels.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from benchmarks import models, works
+from mptrain import half_kernels, keras_compat
+
+BOUND = {"cnn": 1e-3}  # on the difference of gradients
+BATCH = 4  # examples: the float16 kernels take seconds for a whole batch
+
+
+def gradient_function(work: works.Work, precision: str):
+    """Returns the graph function from (inputs, targets, loss scale) to the unscaled gradients, in one float32 vector."""
+    with keras_compat.dtype_policy(precision):
+        model = models.build(keras, work)
+
+    @tf.function
+    def gradients(inputs, targets, scale):
+        with tf.GradientTape() as tape:
+            logits = model(inputs, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=logits)
+            scaled = tf.reduce_mean(losses) * scale
+        found = [tf.convert_to_tensor(each) for each in tape.gradient(scaled, model.trainable_variables)]
+        return tf.concat([tf.reshape(each, [-1]) for each in found], 0) / scale
+
+    return gradients
+
+
+def compare(work: works.Work) -> tuple[float, float, float, float]:
+    """Returns (fast against true float16, true float16 against float32, first scale of overflow: fast, true)."""
+    inputs, targets = (tf.constant(array[:BATCH]) for array in works.data(work))
+    true, full = gradient_function(work, "mixed_float16"), gradient_function(work, "float32")
+    fast = gradient_function(work, "mixed_float16")
+    scale = tf.constant(2.0**10)
+    with half_kernels.float32_kernels():
+        ours = fast(inputs, targets, scale).numpy()
+    theirs, reference = true(inputs, targets, scale).numpy(), full(inputs, targets, scale).numpy()
+
+    def overflow(function) -> float:
+        for exponent in range(10, 40):
+            if not np.isfinite(function(inputs, targets, tf.constant(2.0**exponent)).numpy()).all():
+                return 2.0**exponent
+        return np.inf
+
+    return _difference(ours, theirs), _difference(theirs, reference), overflow(fast), overflow(true)
+
+
+def _difference(values: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", nargs="+", default=["cnn", "resnet", "transformer"], choices=works.WORKS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    print("| work | fast against true float16 | true float16 against float32 | overflows at loss scale, fast | true |")
+    print("|---|---|---|---|---|", flush=True)
+    right = True
+    for name in options.works:
+        work = works.WORKS[name].tiny() if options.tiny else works.WORKS[name]
+        difference, rounding, fast, true = compare(dataclasses.replace(work, batch_size=BATCH))
+        right &= difference <= BOUND.get(name, rounding / 2) and fast == true
+        print(f"| {name} | {difference:.1e} | {rounding:.1e} | 2^{np.log2(fast):.0f} | 2^{np.log2(true):.0f} |", flush=True)
+    sys.exit(0 if right else "gradients differ by more than they may, or overflow begins elsewhere")
+
+
+if __name__ == "__main__":
+    main()
