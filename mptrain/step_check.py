@@ -259,7 +259,7 @@ def _fault(place: str, before, now) -> str | None:
     if any(isinstance(part, _Tensor) for part in parts):
         return f"keeps a tensor of the traced step in {place}: return it, or {_INSTEAD}"
     if isinstance(now, _Random):
-        return f"draws from {place}, {_ONCE}: draw from self.randomness" if isinstance(before, _Random) else None
+        return f"draws from {place} {_ONCE}: draw from self.randomness" if isinstance(before, _Random) else None
     if isinstance(now, dict):
         kept = before if isinstance(before, dict) else {}
         changed = [key for key in now if kept.get(key) is not None and kept[key] != now[key]]
