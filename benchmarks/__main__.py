@@ -23,7 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 from benchmarks import frame, machine, report, targets, works
-from benchmarks.contestants import ALL, PEERS, SCALERS
+from benchmarks.contestants import PEERS, SCALERS
 
 HERE = pathlib.Path(__file__).parent
 ROUNDS = 10  # after the warm-up
@@ -81,8 +81,6 @@ class Run:
         turns = (steps,) * (frame.WARM_UP + self.rounds)
         if slow:  # the others end a turn where the slow ones do, so that losses can be compared
             turns = (1, steps - 1, *turns[1:])
-        uneven = [name for name in present if len(set(turns)) > 1 and name not in slow and ALL[name].module == "keras_fit"]
-        slow |= dict.fromkeys(uneven, turns[2:])
         file = os.path.join(self.folder, f"{work.name}-{precision}.npy")
         np.save(file, works.numbers(work, sum(turns)))
         found = frame.compete(frame.Case(work, precision, turns, file), present, slow) | skipped
@@ -97,6 +95,8 @@ class Run:
 def profiles(run: Run) -> list[str]:
     """Returns the profile of mptrain's step, beside the loop by hand, for each work and precision with a missed target."""
     lines = []
+    if run.options.tiny:
+        return lines
     for work, precision in dict.fromkeys((target.work, target.precision) for target in targets.missed(run.results)):
         command = [sys.executable, "-m", "benchmarks.profile", work, precision]
         finished = subprocess.run(command, cwd=frame.ROOT, capture_output=True, text=True)

@@ -47,7 +47,7 @@ class Work:
 WORKS = {
     work.name: work
     for work in (
-        Work("mlp", 32, (64,), 10, 1000, 400, {"width": 64}, examples=6400),
+        Work("mlp", 32, (64,), 10, 3000, 1000, {"width": 64}, examples=6400),
         Work("cnn", 128, (28, 28, 1), 10, 24, 8, {"filters": 32, "width": 128}, examples=6400),
         Work("resnet", 128, (32, 32, 3), 10, 4, 2, {"filters": 16, "blocks": 1}),
         Work("transformer", 8, (256,), 256, 2, 1, {"layers": 4, "width": 256, "heads": 4}),
