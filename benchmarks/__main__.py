@@ -98,7 +98,7 @@ def profiles(run: Run) -> list[str]:
     if run.options.tiny:
         return lines
     for work, precision in dict.fromkeys((target.work, target.precision) for target in targets.missed(run.results)):
-        command = [sys.executable, "-m", "benchmarks.profile", work, precision]
+        command = [sys.executable, "-m", "benchmarks.operations", work, precision]
         finished = subprocess.run(command, cwd=frame.ROOT, capture_output=True, text=True)
         lines += [finished.stdout.strip() or f"{work}, {precision}: no profile: {finished.stderr.splitlines()[-1:]}", ""]
     return lines

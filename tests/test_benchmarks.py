@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import frame, profile, targets, works
+from benchmarks import frame, operations, targets, works
 from tests.conftest import ROOT
 
 
@@ -67,7 +67,7 @@ def test_targets_are_met_missed_or_not_measured():
 
 
 def test_a_profile_shows_the_operations_of_both():
-    lines = profile.table(works.WORKS["cnn"].tiny(), "float32", steps=4)
+    lines = operations.table(works.WORKS["cnn"].tiny(), "float32", steps=4)
     assert any("Conv2DBackpropFilter" in line for line in lines)
     for line in lines[4:]:
         assert re.fullmatch(r"\| \w+ (\| [\d.]+ \| \d+% \| \d+ ){2}\|", line)

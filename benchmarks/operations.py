@@ -1,6 +1,6 @@
 """Where the time of a step goes: the operations of mptrain's step beside those of the loop by hand.
 
-    python -m benchmarks.profile WORK PRECISION [--steps=50]
+    python -m benchmarks.operations WORK PRECISION [--steps=50]
 
 Times are those of TensorFlow's own profiler, added up over all threads: what is inside one operation, not what the machine
 spends between two. XLA's loop by hand is a single operation.
