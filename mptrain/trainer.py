@@ -11,6 +11,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import (
+    checkpointed,
     config_check,
     data,
     devices,
@@ -23,13 +24,13 @@ from mptrain import (
     parameter_groups,
     precision,
     step_check,
-    weight_decay,
+    trainer_check,
     workers_check,
 )
-from mptrain.errors import EvaluationStopped, InputError
+from mptrain.errors import InputError
+from mptrain.eval_loop import EvalLoop
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.orbit_import import orbit
-from mptrain.pieces import Pieces
 from mptrain.randomness import StepRandomness
 from mptrain.several_optimizers import Optimizers, by_name, telemetry
 from mptrain.state_guard import StateGuard
@@ -80,7 +81,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.investigate = None
         self.marks_steps = False
         self._train_loop = TrainLoop(self)
-        self._eval_pieces = Pieces(agree=self.workers.largest)
+        self._eval_loop = EvalLoop(self)
         keras_compat.seed_everything(config.seed)  # also for a shuffle without a seed in a user's dataset
         self.train_source = data.as_source(self.build_source("train"))
         self.eval_source = data.as_source(self.build_source("eval"))
@@ -97,9 +98,9 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
                 self.model = self.build_model()
                 if config.devices.sync_batch_norm:
                     keras_compat.synchronize_batch_norm(self.model)
-                self._create_variables()
+                trainer_check.create_variables(self)
             held = self.precision.hold_float32_layers(self.model)
-            self.metrics = {"loss": keras.metrics.Mean("loss"), **self._other_metrics()}
+            self.metrics = {"loss": keras.metrics.Mean("loss"), **trainer_check.other_metrics(self)}
         metric_check.check(config, self.metrics)
         self.randomness.bind(self.model)
         with self._kernels_for(float16=True).scope():  # which only touches what is float16
@@ -110,11 +111,11 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.kernels = self._kernels_for(self.uses_float16)
         with self.strategy.scope():
             parameter_groups.check(self.config.optimizer.groups, self.trainable_variables)
-            self.optimizer = self._checked_optimizer(own_step)
+            self.optimizer = trainer_check.optimizer(self, own_step)
             self.learning_rate_factor = optimizers.learning_rate_factor(config, self.optimizers.values())
             self.optimizer.build(forward.in_order(self.trainable_variables))
             for each in self.optimizers.values():
-                each.check_loss = self._check_loss
+                each.check_loss = functools.partial(trainer_check.check_scaled_loss, self)
             metric_variables = [variable for metric in self.metrics.values() for variable in metric.variables]
             self._guard = StateGuard(self.optimizer, keras_compat.statistics(self.model), metric_variables)
 
@@ -304,21 +305,12 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     @property
     def state(self) -> dict[str, tf.Variable]:
         """Everything that a checkpoint must hold, by path; checkpoints lie between accumulation windows."""
-        model = {f"model/{path}": v for path, v in keras_compat.variables_by_path(keras_compat.variables(self.model)).items()}
-        inside = {id(keras_compat.raw(v)) for v in keras_compat.variables(self.model)}
-        beside = [v for v in self.trainable_variables if id(keras_compat.raw(v)) not in inside]
-        trainer = {f"trainer/{path}": v for path, v in keras_compat.variables_by_path(beside).items()}
-        settled = self.optimizer.state.keys() - self.optimizer.window.keys()
-        optimizer = {f"optimizer/{path}": v for path, v in self.optimizer.state.items() if path in settled}
-        if self.learning_rate_factor is not None:
-            optimizer["optimizer/learning_rate_factor"] = self.learning_rate_factor
-        return {"step": self.global_step, **model, **trainer, **optimizer}
+        return checkpointed.state(self)
 
     @property
     def weights(self) -> set[str]:
         """The paths in `state` of the trainable variables."""
-        trained = {id(keras_compat.raw(variable)) for variable in self.trainable_variables}
-        return {path for path, variable in self.state.items() if id(variable) in trained}
+        return checkpointed.weights(self)
 
     def save_position(self, folder: pathlib.Path) -> None:
         """Writes into a checkpoint's folder what the position in the data is, where it is more than the step."""
@@ -353,7 +345,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.global_step.assign_add(1)
 
     def train_loop_end(self) -> dict[str, float]:
-        outputs = self._metric_results()
+        outputs = trainer_check.metric_results(self.metrics)
         step = int(self.global_step.numpy())
         first, start, applied = self._loop_start
         if any(now == before for now, before in zip(self._applied(), applied, strict=True)):
@@ -376,18 +368,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             EvaluationStopped: if `stop_requested` said so before the end.
         """
         with self.kernels.scope(), self.optimizer.averaged_weights():
-            state = self.eval_begin()
-            stateful = {} if state is None else {"reduce_fn": self.eval_reduce}
-            if self._eval_loop_fn is None:
-                self._eval_loop_fn = self.create_eval_loop_fn(has_state=bool(stateful))
-            batches, left = iter(self.eval_dataset), int(num_steps)
-            for steps in self._eval_pieces.cut(left):
-                arguments = {**stateful, "state": state} if stateful else {}
-                state = self._eval_loop_fn(batches, tf.constant(steps), **arguments)
-                left -= steps
-                if left and self.stop_requested():
-                    raise EvaluationStopped
-            return self.eval_end(state) if stateful else self.eval_end()
+            return self._eval_loop.run(int(num_steps))
 
     def eval_step(self, iterator) -> None:
         """Evaluates one global batch in every replica; cross-replica context, in the graph."""
@@ -395,41 +376,12 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         self.strategy.run(lambda batch: self._checked_eval_step(data.replica_share(batch, self.strategy)), args=(batch,))
 
     def eval_end(self) -> dict[str, float]:
-        return self._metric_results()
+        return trainer_check.metric_results(self.metrics)
 
     # The rest.
 
-    def _create_variables(self) -> None:
-        """Calls a model that has no variables yet on one example, as a subclassed Keras model needs."""
-        name = f"the model that {type(self).__name__}.build_model() returned"
-        if not callable(self.model):
-            raise InputError(f"{type(self).__name__}.build_model() returns {self.model!r}: return the model")
-        if not keras_compat.is_built(self.model):
-            self.model(self.precision.cast_to_compute(self.inputs(self.train_source.first())), training=False)
-        keras_compat.note_paths(self.model)
-        weight_decay.note_biases_and_norms(self.model)
-        if not self.trainable_variables:
-            raise InputError(f"{name} has no trainable variables: keep its layers and tf.Variables in attributes of the model")
-
-    def _checked_optimizer(self, own_step: bool) -> LossScaleOptimizer | Optimizers:
-        optimizer, name = self.build_optimizer(), f"{type(self).__name__}.build_optimizer()"
-        if not isinstance(optimizer, (LossScaleOptimizer, Optimizers)):
-            raise InputError(
-                f"{name} returns a {type(optimizer).__name__}: return mptrain.optimizers.wrap(optimizer, self.config,"
-                " scaled=self.uses_float16)"
-            )
-        if isinstance(optimizer, Optimizers) and not own_step:
-            raise InputError(
-                f"{name} returns several optimizers: override replica_train_step, which says what each one applies"
-            )
-        return optimizer
-
     def _kernels_for(self, float16: bool) -> precision.Kernels:
         return precision.kernels(float16, self.config.train.jit_compile, self.strategy)
-
-    def _check_loss(self, loss: tf.Tensor) -> None:
-        what = f"the loss that {type(self).__name__}.replica_train_step() scales"
-        model_check.check_is_float32(what, loss, "compute it from float32 outputs, as precision.cast_to_output() returns them")
 
     @functools.cached_property
     def _step_function(self):
@@ -452,24 +404,9 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
     def _per_example(self, losses: tf.Tensor) -> tf.Tensor:
         return model_check.per_example(f"{type(self).__name__}.compute_loss()", losses)
 
-    def _other_metrics(self) -> dict[str, keras.metrics.Metric]:
-        metrics = self.build_metrics()
-        if "loss" in metrics:
-            raise InputError(f"{type(self).__name__}.build_metrics() returns a metric 'loss': give it another name")
-        return metrics
-
     def _applied(self) -> list[int]:
         return [int(optimizer.applied_steps) for optimizer in self.optimizers.values()]
 
     def _reset_metrics(self) -> None:
         for metric in self.metrics.values():
             metric.reset_state()
-
-    def _metric_results(self) -> dict[str, float]:
-        results = {name: tf.convert_to_tensor(metric.result()) for name, metric in self.metrics.items()}
-        for name, result in results.items():
-            if result.shape.rank != 0:
-                raise InputError(
-                    f"metric {name!r} has the shape {result.shape}: give it a scalar result, as average='macro' does"
-                )
-        return {name: float(result) for name, result in results.items()}
