@@ -30,6 +30,7 @@ class Experiment:
         metric: the metric of the last evaluation that is printed.
         precision: the field that chooses the precision, for `values`.
         values: of that field, for float32, bfloat16 and float16.
+        after: the name of an experiment whose run in float32 it starts from: the folder of that is its config's argument.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Experiment:
     metric: str
     precision: str = "precision.policy"
     values: tuple[str, str, str] = ("float32", "mixed_bfloat16", "mixed_float16")
+    after: str = ""
 
     @property
     def name(self) -> str:
@@ -54,6 +56,10 @@ EXPERIMENTS = (
         "model.compute_dtype",
         ("float32", "bfloat16", "float16"),
     ),
+    Experiment("generative adversarial network on MNIST", "configs/gan.py", "accuracy"),
+    Experiment("distillation on MNIST", "configs/distillation.py", "accuracy", after="mnist"),
+    Experiment("sharpness-aware minimisation on MNIST", "configs/sam.py", "accuracy"),
+    Experiment("variational autoencoder on MNIST", "configs/vae.py", "loss"),
 )
 
 
@@ -67,9 +73,11 @@ class Result:
     milliseconds: float
 
 
-def run(experiment: Experiment, value: str, workdir: pathlib.Path) -> Result:
-    """Runs an experiment in one precision, or goes on with it."""
-    command = [sys.executable, "-m", "mptrain.main", f"--config={experiment.config}", f"--workdir={workdir}"]
+def run(experiment: Experiment, value: str, folder: pathlib.Path) -> Result:
+    """Runs an experiment in one precision, or goes on with it; in a folder of its own inside `folder`."""
+    workdir = folder / f"{experiment.name}-{value}"
+    argument = f":{folder / experiment.after}-float32" if experiment.after else ""
+    command = [sys.executable, "-m", "mptrain.main", f"--config={experiment.config}{argument}", f"--workdir={workdir}"]
     log, start = workdir / "metrics.jsonl", time.monotonic()
     finished = log.exists() and any(row.get("event") == "finished" for row in _rows(log))
     if not finished:
@@ -106,11 +114,13 @@ def main() -> None:
         parser.error(f"no experiment {', '.join(unknown)}: write some of {', '.join(known)}")
     print("| experiment | config | steps | metric | float32 | bfloat16 | float16 | whole run, s | ms a step |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    wanted = set(options.names or known)
+    wanted |= {experiment.after for experiment in EXPERIMENTS if experiment.after and experiment.name in wanted}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or pathlib.Path(temporary)
+        folder = (options.folder or pathlib.Path(temporary)).absolute()
         for experiment in EXPERIMENTS:
-            if not options.names or experiment.name in options.names:
-                results = [run(experiment, value, folder / f"{experiment.name}-{value}") for value in experiment.values]
+            if experiment.name in wanted:
+                results = [run(experiment, value, folder) for value in experiment.values]
                 print(row(experiment, results), flush=True)
 
 
