@@ -2,8 +2,8 @@
 
     python -m mptrain.main --config=configs/vae.py
 
-A few minutes on a CPU. Comes to a negative evidence lower bound of 103.8 nats a test digit; TensorBoard shows reconstructions and
-samples.
+A few minutes on a CPU. Comes to a negative evidence lower bound of 103.8 nats a test digit; TensorBoard shows reconstructions
+and samples.
 """
 
 from ml_collections import ConfigDict
