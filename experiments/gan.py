@@ -115,6 +115,13 @@ class GanTrainer(mptrain.Trainer):
         """Returns the same noise at each evaluation, so that pictures can be compared."""
         return tf.random.stateless_normal([count, self.config.model.noise], [self.config.seed, 0])
 
+    def serving_spec(self) -> dict[str, tf.TensorSpec]:
+        return {"noise": tf.TensorSpec([self.config.model.noise], tf.float32)}
+
+    def serve(self, batch) -> dict[str, tf.Tensor]:
+        noise = self.precision.cast_to_compute(batch["noise"])
+        return {"digits": self.precision.cast_to_output(self.model.generator(noise, training=False))}
+
     def pictures(self) -> dict[str, tf.Tensor]:
         noise = self.precision.cast_to_compute(self.fixed_noise(_SHOWN))
         return {"digits": mptrain.grid(self.model.generator(noise, training=False), columns=8)}

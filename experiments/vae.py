@@ -59,12 +59,14 @@ class VaeTrainer(mptrain.Trainer):
 
     def pictures(self) -> dict[str, tf.Tensor]:
         """Digits of the evaluation, each with its reconstruction at its right; and digits decoded from noise."""
-        batch = {"inputs": self.eval_source.arrays["inputs"][:_SHOWN]}
+        digits = self.eval_source.arrays["inputs"]
+        count = min(_SHOWN, len(digits)) // 5 * 5  # whole rows, of five pairs
+        batch = {"inputs": digits[:count]}
         outputs = self.model(self.precision.cast_to_compute(self.inputs(batch)), training=False)
         decoded = self.model.get_layer("decoder")(self.fixed_noise(2 * _SHOWN), training=False)
         pairs = tf.stack([self.images(batch), tf.sigmoid(outputs["logits"])], axis=1)
         return {
-            "reconstructions": mptrain.grid(tf.reshape(pairs, [2 * _SHOWN, 28, 28, 1]), columns=10),
+            "reconstructions": mptrain.grid(tf.reshape(pairs, [2 * count, 28, 28, 1]), columns=10),
             "samples": mptrain.grid(tf.sigmoid(decoded), columns=10),
         }
 

@@ -110,6 +110,11 @@ class Optimizers(tf.Module):
     def _by_path(self, kind: str) -> dict[str, tf.Variable]:
         return {f"{name}/{path}": v for name, optimizer in self.items() for path, v in getattr(optimizer, kind).items()}
 
+    @property
+    def has_average(self) -> bool:
+        """Whether weights of one of them have averages; on the host."""
+        return any(optimizer.has_average for _, optimizer in self.items())
+
     def window_starts(self) -> tf.Tensor:
         """Whether the next step is the first of an accumulation window, bool scalar."""
         return next(iter(self._named.values())).window_starts()

@@ -41,6 +41,10 @@ EXPERIMENTS = (
     Case("resnet", "images", {"model.blocks": 1, "model.width": 4}, argument=("mnist",)),
     Case("transformer", "text", SMALL_TRANSFORMER),
     Case("transformer_module", "text", SMALL_TRANSFORMER),
+    Case("gan", "images", {"model.width": 2, "model.noise": 4}),
+    Case("distillation", "images", {"model.units": 4}),
+    Case("sam", "images"),
+    Case("vae", "images", {"model.hidden": 8, "model.latent": 3}),
 )
 
 

@@ -18,7 +18,6 @@ from experiments.distillation import divergence
 from experiments.sam import SamTrainer
 from experiments.vae import VaeTrainer
 from mptrain import tensor_file
-from mptrain.checkpoints import Checkpoints
 from mptrain.data import idx
 from mptrain.runner import build_trainer
 from tests.runs import rows
@@ -103,30 +102,10 @@ def overflow(trainer, name=""):
     return {path for path in changed(trainer, before) if "/loss_scale/" not in path} - {"step"}
 
 
-@pytest.fixture(scope="module", params=SMALL)
-def resumed(request, small, teacher, tmp_path_factory):
-    """Trains an experiment for four steps, and again from the checkpoint of the second; returns its name and the second."""
-    config = small(request.param)
-    if request.param == "distillation":
-        config.model.teacher = str(teacher)
-    whole, again = build_trainer(config), build_trainer(config)
-    folder = tmp_path_factory.mktemp(request.param)
-    outputs = [whole.train(tf.constant(2))]
-    assert np.isfinite(outputs[0]["loss"])
-    Checkpoints(folder, whole.state, keep=1).save(2)
-    whole.train(tf.constant(2))
-    with again.strategy.scope():
-        Checkpoints(folder, again.state, keep=1).restore(2)
-    again.train(tf.constant(2))
-    for path, value in values(whole).items():
-        np.testing.assert_array_equal(values(again)[path], value, err_msg=path)
-    assert all(int(optimizer.applied_steps) == 4 for optimizer in again.optimizers.values())
-    return request.param, again
-
-
-def test_resumed_experiment_ends_with_the_same_bits_and_an_overflow_changes_only_what_it_may(resumed):
-    name, trainer = resumed
-    assert np.isfinite(trainer.evaluate(tf.constant(trainer.eval_steps))["loss"])
+@pytest.mark.parametrize("name", ["gan", "sam", "vae"])
+def test_overflow_changes_only_what_it_may(name, small):
+    trainer = build_trainer(small(name))
+    trainer.train(tf.constant(1))
     if name != "gan":
         assert overflow(trainer) == set()
         return
