@@ -396,7 +396,7 @@ class LossScaleOptimizer(tf.Module):
             self._consecutive_skips.assign_add(1)
             return tf.constant(False)
 
-        applied = tf.cond(tf.math.is_finite(norm), apply, skip)
+        applied = tf.cond(tf.math.is_finite(norm), apply, _set_aside(skip))
         self._gradient_norm.assign(norm)
         self._nonfinite_losses.assign(0.0, read_value=False)  # which would be one more all-reduce
         self._scale.adapt(applied)
@@ -416,3 +416,13 @@ class LossScaleOptimizer(tf.Module):
         dtypes = [trained[place].dtype for place in places]
         cast = [map_values(lambda v, dtype=dtype: tf.cast(v, dtype), g) for g, dtype in zip(gradients, dtypes, strict=True)]
         self._inner.apply(cast, places)
+
+
+def _set_aside(function):
+    """Returns a function that is one operation of the graph, so that a step which does not take its branch passes over one.
+
+    Where several replicas are written to, or there is no graph, it stays what it is.
+    """
+    if tf.executing_eagerly() or tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        return function
+    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
