@@ -14,6 +14,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -47,7 +48,7 @@ class Large:
     """
 
     work: works.Work
-    build: object
+    build: Callable[[], keras.Model]
     flops: float
 
 

@@ -29,7 +29,7 @@ ALL = {
     "orbit": About("orbit_example", "Orbit's example"),
     "torch": About("torch_loop", "PyTorch", torch=True),
     "lightning": About("lightning_fit", "Lightning", torch=True),
-    # mptrain's own loop with another optimizer around Adam: what loss scaling costs.
+    # The loop by hand with one optimizer or another around Adam: what loss scaling costs.
     "scaled": About("loss_scaling", "LossScaleOptimizer", options=("mptrain",)),
     "unscaled": About("loss_scaling", "no loss scaling", options=("none",)),
     "scaled_keras": About("loss_scaling", "Keras 3's LossScaleOptimizer", options=("keras",)),
