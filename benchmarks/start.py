@@ -1,7 +1,6 @@
 """Times whole commands, and measures their memory: the main job against the same job written by hand.
 
-    python -m benchmarks.start [--rounds=5]          from the command to the first step, and to the end of one epoch
-    python -m benchmarks.start --leak [--steps=100000]    resident memory while a small network trains
+    python -m benchmarks.start [--rounds=5]
 
 Both commands train one epoch of MNIST in float32 and evaluate it, by turns, each in a process of its own. Peak memory is the
 largest resident set of the process, as the kernel counts it.
@@ -26,7 +25,6 @@ COMMANDS = {
         *("--config.train.epochs=1", "--config.train.steps_per_loop=auto"),
     ],
 }
-LEAK_FREE = 1.0  # MiB that resident memory may differ by between the middle and the end of a run
 
 
 def measure(name: str, workdir: pathlib.Path) -> dict[str, float]:
@@ -64,54 +62,10 @@ def _ratio(found: dict[str, list[dict[str, float]]], key: str) -> str:
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
-def leak(steps: int) -> None:
-    """Trains a small network with all that a run does, evaluations and checkpoints too, and prints its memory."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import mptrain
-    from mptrain import runner
-    from mptrain.training_run import TrainingRun
-
-    samples = []
-
-    class Watched(TrainingRun):
-        def _steps_to_next_boundary(self, step: int) -> int:
-            samples.append((int(step), resident()))
-            return super()._steps_to_next_boundary(step)
-
-    config = mptrain.default_config()
-    config.trainer = "benchmarks.growth.GrowingTrainer"
-    config.model.update(variables=0, width=32)
-    config.precision.policy = "float32"
-    config.data.batch_size = 32
-    config.train.steps, config.train.steps_per_loop = steps, max(steps // 1000, 1)
-    config.eval.every_steps = config.checkpoint.every_steps = max(steps // 20, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        runner.TrainingRun = Watched
-        mptrain.run(config, folder)
-    print("| step | resident memory, MiB |\n|---|---|")
-    for step, mebibytes in samples[:: max(len(samples) // 10, 1)] + samples[-1:]:
-        print(f"| {step:,} | {mebibytes:.1f} |")
-    growth = samples[-1][1] - samples[len(samples) // 2][1]
-    print(f"\ngrew by {growth:.2f} MiB in the second half of {steps:,} steps")
-    if growth > LEAK_FREE:
-        sys.exit(1)
-
-
-def resident() -> float:
-    """Returns this process's resident memory in MiB."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each command")
-    parser.add_argument("--leak", action="store_true", help="watch memory over many steps instead")
-    parser.add_argument("--steps", type=int, default=100_000, help="of --leak")
     options = parser.parse_args()
-    if options.leak:
-        leak(options.steps)
-        return
     from mptrain.devices import hardware
 
     print(f"{hardware()}; Python {platform.python_version()}\n", flush=True)
