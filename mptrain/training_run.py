@@ -112,6 +112,7 @@ class TrainingRun:
             self._profile,
             self._loop_length,
             self._signals,
+            actions.ArraysForTensorBoard(),
         ]
 
     def _after_evaluation(self, told: list[actions.Action]) -> list[actions.Action]:

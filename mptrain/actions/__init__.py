@@ -9,12 +9,13 @@ from mptrain.actions.ending import Action, Ending
 from mptrain.actions.guards import NanGuard, OverflowGuard
 from mptrain.actions.plateau import ReduceOnPlateau
 from mptrain.actions.profile import ProfileWindow
-from mptrain.actions.reporting import LogMetrics, ShowProgress
+from mptrain.actions.reporting import ArraysForTensorBoard, LogMetrics, ShowProgress
 from mptrain.actions.saving import KeepBest, SaveCheckpoint
 from mptrain.actions.stopping import StopOnSignal
 
 __all__ = [
     "Action",
+    "ArraysForTensorBoard",
     "CustomActions",
     "EarlyStop",
     "Ending",

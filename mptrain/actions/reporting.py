@@ -1,6 +1,8 @@
 """Tells of each loop and evaluation: the rows of the log, and the progress bar."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+
+import numpy as np
 
 from mptrain.console import Console
 from mptrain.metrics_log import MetricsLog
@@ -56,3 +58,13 @@ class ShowProgress:
 
     def __call__(self, outputs: Mapping[str, float]) -> None:
         self._console.progress(int(self._trainer.global_step.numpy()), outputs)
+
+
+class ArraysForTensorBoard:
+    """Makes arrays of the outputs that Orbit then writes to TensorBoard; the last action of a loop.
+
+    TensorFlow keeps every Python number that it ever made a tensor of, 1 KB each: a run of a week would take gigabytes.
+    """
+
+    def __call__(self, outputs: MutableMapping[str, float]) -> None:
+        outputs.update({name: np.asarray(value, np.float32) for name, value in outputs.items()})
