@@ -106,7 +106,8 @@ def applied(name: str, returned, optimizers: Iterable[str]) -> tf.Tensor | bool 
     Raises:
         InputError: if that is not whether the step was applied, a bool scalar; or of several optimizers {name: bool scalar}.
     """
-    if (several := list(optimizers)) == [""]:
+    several = list(optimizers)
+    if several == [""]:
         return _one_applied(name, returned)
     if not (isinstance(returned, Mapping) and returned.keys() == set(several)):
         raise InputError(

@@ -111,3 +111,17 @@ def test_scaling_prints_times_and_ratios_of_the_three(setting):
     assert header.startswith("| setting | by hand, ms a step | mptrain | Keras fit | mptrain / by hand |")
     milliseconds, ratio = r"\d+\.\d", r"\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\) \| \d+\.\d\d"
     assert re.fullmatch(rf"\| {setting} (\| {milliseconds} ){{3}}(\| {ratio} ){{2}}\|", row)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_100_000_steps():
+    finished = run("leak", "100000")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert re.search(r"the second half of 100,000 steps took -?\d+\.\d\d MiB more", finished.stdout)
+
+
+@pytest.mark.slow
+def test_growth_prints_what_variables_and_examples_cost():
+    finished = run("growth", "--rounds=1", "replicas", "examples")
+    assert finished.returncode == 0, finished.stderr
+    assert len(re.findall(r"^\| [\d,]+ (\| [\d.]+ ){1,3}\|$", finished.stdout, re.M)) == 3 + 6
