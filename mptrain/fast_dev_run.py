@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mptrain import config_check, devices, runner, serving
+from mptrain import config as config_lib
+from mptrain import config_check, devices, durations, loggers, runner, serving
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
 from mptrain.errors import InputError, RunError, StopRun, one_line
@@ -39,6 +40,7 @@ def fast_dev_run(config: ConfigDict, console: Console | None = None) -> None:
     config_check.validate(config)
     if devices.is_multi_worker(config.devices):
         raise InputError("--fast_dev_run tries a run in one process: use another devices.strategy for it")
+    loggers.classes(config)  # refuses what is not there; none is told of this run
     console, quiet, window = console or Console(), Console(quiet=True), config.optimizer.accumulation_steps
     with _temporary_folder() as path:
         folder = RunFolder(path / "run")
@@ -60,12 +62,15 @@ def fast_dev_run(config: ConfigDict, console: Console | None = None) -> None:
 def _shortened(config: ConfigDict, steps: int) -> ConfigDict:
     """Returns the config of a run of so many steps that does all it can at the end of each accumulation window."""
     config, window = config.copy_and_resolve_references(), config.optimizer.accumulation_steps
-    config.train.steps, config.train.epochs = steps, None
-    config.train.steps_per_loop = config.eval.every_steps = config.checkpoint.every_steps = window
-    config.eval.steps = _EVALUATED
-    if config.numerics.every_steps:
-        config.numerics.every_steps = window
-    config.export.at_end, config.export.step = steps > window, "newest"
+    lengths = {"train.steps": steps, "eval.every_steps": window, "checkpoint.every_steps": window}
+    if config.numerics.every_steps or config.numerics.every_epochs:
+        lengths["numerics.every_steps"] = window
+    for path, length in lengths.items():
+        config_lib.set_field(config, path, length)
+        durations.prefer(config, path)
+    config.train.steps_per_loop, config.train.time_limit, config.eval.steps = window, 0, _EVALUATED
+    config.export.at_end, config.export.checkpoint = steps > window, "newest"
+    config.log.loggers = ()  # a service would keep what it is told
     return config
 
 

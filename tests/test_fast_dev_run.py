@@ -66,6 +66,16 @@ def test_all_parts_work_with_windows_replicas_and_best_checkpoints(config, tempo
     assert config.train.steps == 1200
 
 
+def test_epochs_a_time_limit_a_chosen_export_and_loggers_give_way(config, temporary, capsys):
+    config.train.steps, config.train.epochs = None, 2.0
+    config.eval.every_steps, config.eval.every_epochs = None, 0.5
+    config.checkpoint.every_steps, config.checkpoint.every_epochs, config.numerics.every_epochs = None, 0.5, 1.0
+    config.train.time_limit, config.export.checkpoint = "1s", "best"
+    config.log.loggers, config.log.mlflow_uri = ("mlflow",), f"sqlite:///{temporary.parent}/kept.db"
+    fast_dev_run(config)
+    assert states(capsys.readouterr().out) == dict.fromkeys(PARTS, "ok")
+
+
 @pytest.mark.parametrize(
     ("trainer", "failed", "error", "message"),
     [
