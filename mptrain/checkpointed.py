@@ -22,7 +22,7 @@ def state(trainer) -> dict[str, tf.Variable]:
     return {"step": trainer.global_step} | {f"{part}/{path}": v for part, found in parts.items() for path, v in found.items()}
 
 
-def weights(trainer) -> set[str]:
+def weights(trainer) -> list[str]:
     """Returns the paths in `state` of the trainable variables."""
     trained = {id(keras_compat.raw(variable)) for variable in trainer.trainable_variables}
-    return {path for path, variable in state(trainer).items() if id(variable) in trained}
+    return [path for path, variable in state(trainer).items() if id(variable) in trained]

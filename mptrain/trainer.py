@@ -308,7 +308,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         return checkpointed.state(self)
 
     @property
-    def weights(self) -> set[str]:
+    def weights(self) -> list[str]:
         """The paths in `state` of the trainable variables."""
         return checkpointed.weights(self)
 

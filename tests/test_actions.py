@@ -278,7 +278,7 @@ def test_weights_that_a_step_makes_inf_are_never_saved(config, tmp_path):
     config.precision.policy = "float32"
     config.optimizer.update(name="sgd", learning_rate=1e30)
     config.checkpoint.every_steps = 3
-    with pytest.raises(RunError, match=r"step 3: model/w and 1 more variables are not finite, so nothing is saved"):
+    with pytest.raises(RunError, match=r"step 3: model/b and 1 more variables are not finite, so nothing is saved"):
         run(config, tmp_path)
     assert steps(tmp_path) == []
 

@@ -85,7 +85,7 @@ def test_overflow_on_the_way_back_that_no_loss_scale_cures_is_named_by_its_layer
 
 def test_following_a_float32_run_that_casts_to_float16_itself_is_no_evidence(tmp_path):
     report = report_of(parity_config("CastingTrainer", **{"parity.precisions": ("native",)}), tmp_path)
-    assert report["layers"] == ["file", "last"]
+    assert report["layers"] == ["hidden", "last"]
     native = row(report, "native")
     words = "no evidence: float32's own run computes hidden in 16 bits, as the model asks"
     assert (native["status"], native["verdict"]) == ("no evidence", words)
