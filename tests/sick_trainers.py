@@ -324,6 +324,16 @@ class BetweenTrainer(VectorTrainer):
         return BetweenModel(self.config.model.get("cast", False))
 
 
+class OnlyTrainer(VectorTrainer):
+    """The one layer with weights that computes in 16 bits feeds an exponential of Keras's own, which overflows."""
+
+    def build_model(self):
+        inputs = keras.Input((16,))
+        x = keras.ops.exp(keras.layers.Dense(32, name="only")(inputs) * 8)
+        x = x / keras.ops.sum(x, -1, keepdims=True)
+        return keras.Model(inputs, keras.layers.Dense(3, dtype="float32", name="logits")(x), name="model")
+
+
 class BrokenTrainer(VectorTrainer):
     """Of the examples that `config.model.broken` names either the inputs or the losses are not finite, in any precision."""
 

@@ -81,6 +81,15 @@ def test_operation_between_two_layers_is_named_and_no_layer_is_blamed_for_it(sic
         assert advice["check"]["after"]["skipped steps"] == 0
 
 
+def test_where_no_layer_with_weights_is_left_for_16_bits_float32_is_advised(sick, tmp_path):
+    config = sick("OnlyTrainer")
+    advice = report_of(config, tmp_path / "report")["advice"]
+    assert "config.precision.policy = 'float32'" in advice["text"]
+    assert advice["check"]["after"]["skipped steps"] == advice["check"]["after"]["layers at risk"] == 0
+    config.precision.policy = advice["policy"]
+    assert np.isfinite(mptrain.run(config, tmp_path / "mended")["loss"])
+
+
 def test_inputs_of_layers_are_not_reported_where_they_fit(sick):
     sight = looked_at(sick("BetweenTrainer"), reference=True)
     between = {site.path: site.computed_by for site in sight.sites if site.after is not None}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
-from mptrain import keras_compat
+from mptrain import keras_compat, precision
 from mptrain.numerics.faults import first_nonfinite
 from mptrain.numerics.places import OUTPUT, Site
 from mptrain.numerics.probe import Probe
@@ -29,18 +29,22 @@ class Advice:
         float32_layers: regexes for `config.precision.float32_layers`, those that are there already among them; (): as it is.
         initial_scale: for `config.loss_scale`; None: as it is.
         in_code: what no config field reaches, such as a scope of a `tf.Module` or what is computed between layers: a line each.
+        policy: for `config.precision`, where no layer with weights is left for 16 bits; None: as it is.
     """
 
     float32_layers: tuple[str, ...]
     initial_scale: float | None
     in_code: tuple[str, ...] = ()
+    policy: str | None = None
 
     def __bool__(self) -> bool:
         """Whether a config can follow it."""
-        return bool(self.float32_layers) or self.initial_scale is not None
+        return bool(self.float32_layers or self.policy) or self.initial_scale is not None
 
     def apply(self, config) -> None:
         """Writes the settings into a config."""
+        if self.policy:
+            config.precision.policy = self.policy
         if self.float32_layers:
             config.precision.float32_layers = self.float32_layers
         if self.initial_scale is not None:
@@ -49,6 +53,8 @@ class Advice:
     def text(self, what: str) -> str:
         """Returns the Python file that does the same."""
         lines = []
+        if self.policy:
+            lines.append(f"config.precision.policy = {self.policy!r}")
         if self.float32_layers:
             lines.append(f"config.precision.float32_layers = {self.float32_layers!r}")
         if self.initial_scale is not None:
@@ -94,11 +100,21 @@ class Advisor:
         held, bad = self._mended(needed, scale)
         if shown:
             held = self._fewest(held, certain, bad, scale)
+        in_code = tuple(self._in_code(at_risk, bad, mended=bad is None and bool(held)))
+        if held and not self._weights_left(held):  # which a config with 16 bits may not ask for
+            return Advice((), None, in_code, policy="float32")
         regexes = [f"^{re.escape(path)}$" for path in self._reached if path in held]
         before = [pattern for pattern in self._trainer.precision.float32_layers if pattern not in regexes]
         changed = None if scale == self._trainer.config.loss_scale.initial_scale else scale
         all_regexes = (*before, *regexes) if regexes else ()
-        return Advice(all_regexes, changed, tuple(self._in_code(at_risk, bad, mended=bad is None and bool(held))))
+        return Advice(all_regexes, changed, in_code)
+
+    def _weights_left(self, held: Sequence[str]) -> bool:
+        """Whether a layer with weights is still in 16 bits when those in `held` and what is inside them are not."""
+        inside = {id(each) for path in held for each in keras_compat.layers_in(self._reached[path])}
+        reached = {path for path, layer in self._reached.items() if id(layer) in inside}
+        rows = [row for row in precision.plan(self._trainer.model) if row.parameters and row.layer not in reached]
+        return any(row.compute_dtype != "float32" for row in rows)
 
     def _mended(self, needed: Sequence[str], scale: float | None) -> tuple[list[str], Site | None]:
         """Returns layers that keep everything finite, and None; or `needed`, and the first site that is still not finite."""

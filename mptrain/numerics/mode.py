@@ -135,11 +135,13 @@ def _advice(trainer, judged: _Judged, collector: Collector, before: dict, build,
         mended = _started(build(config), start)
         collector = Collector(mended, config.numerics.reference_every)
         after = _train(collector, mended, console, "with the advice")
-        check = {"before": before, "after": report.outcome(after, _judge(mended, after, after).layers)}
+        left = [] if advice.policy else _judge(mended, after, after).layers  # a run in float32 has no layer at risk
+        check = {"before": before, "after": report.outcome(after, left)}
     return {
         "float32_layers": list(advice.float32_layers),
         "initial_scale": advice.initial_scale,
         "dynamic": trainer.config.loss_scale.dynamic,
+        "policy": advice.policy,
         "text": advice.text(trainer.config.trainer),
         "check": check,
     }
