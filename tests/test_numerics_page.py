@@ -256,6 +256,23 @@ def test_table_in_the_terminal_is_short_and_begins_with_the_riskiest(reports):
     assert len(deep.splitlines()) < 20
 
 
+@pytest.mark.parametrize("length", range(1, 40, 3))
+def test_table_in_a_terminal_of_80_columns_cuts_no_word_off(reports, length):
+    report = copy.deepcopy(reports["mnist"])
+    words = "fits, with 15 powers of two above its largest output"
+    for number, layer in enumerate(report["layers"]):
+        layer.update(path=f"{number}{'x' * length}", verdict=words)
+    text = printed(report, 80)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert set(words.split()) <= set(text.split())
+
+
+def test_only_a_run_in_16_bits_is_told_that_none_of_its_steps_was_computed_in_float32(tmp_path, reports):
+    for precision in ("mixed_float16", "float32"):
+        write_page({**reports["deep"], "precision": precision}, tmp_path)
+        assert ("No step was computed again" in (tmp_path / "numerics.html").read_text()) == (precision == "mixed_float16")
+
+
 @pytest.mark.parametrize(
     ("share", "words"),
     [(None, "–"), (0, "0"), (1e-9, "<0.1"), (0.001, "0.1"), (0.25, "25.0"), (0.99999, ">99.9"), (1, "100")],

@@ -19,12 +19,12 @@ def table(report: Mapping[str, Any]) -> rich.table.Table:
     title = f"Numerics: {sum(layer['at_risk'] for layer in layers)} of {len(layers)} layers at risk"
     rest = f"and {len(layers) - _MOST} more with less risk" if len(layers) > _MOST else None
     made = rich.table.Table(title=title, caption=rest, box=rich.box.SIMPLE_HEAD)
-    made.add_column("layer", overflow="fold", min_width=12)
+    made.add_column("layer", overflow="fold")  # no least width: rich would cut off what is too wide then
     made.add_column("compute", no_wrap=True)
     made.add_column("risk", justify="right", no_wrap=True)
     made.add_column("headroom", justify="right", no_wrap=True)
     made.add_column("underflow", justify="right", no_wrap=True)
-    made.add_column("verdict", min_width=20, ratio=1)
+    made.add_column("verdict", overflow="fold")
     paths = shown.short_paths([layer["path"] for layer in layers])
     for layer, path in zip(layers[:_MOST], paths, strict=False):
         worst = shown.worst(layer)
