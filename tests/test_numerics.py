@@ -161,6 +161,13 @@ def test_replicas_are_counted_together(sick):
     np.testing.assert_allclose(one.largest[outputs], three.largest[outputs], rtol=1e-5)
 
 
+def test_window_that_is_skipped_has_no_loss(sick):
+    trainer = runner.build_trainer(sick("LoudTrainer", **{"optimizer.accumulation_steps": 2}))
+    found = Collector(trainer, 8).train(4)
+    assert len(found.skips) == 2
+    assert not np.isfinite(found.losses).any()
+
+
 def test_plain_module_shows_its_scopes_and_what_is_watched(sick, tmp_path):
     report = report_of(sick("ScopedTrainer"), tmp_path / "run")
     assert [layer["path"] for layer in report["layers"] if layer["output"]] == ["first", "loud", "logits"]

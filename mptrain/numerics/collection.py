@@ -27,7 +27,7 @@ class Collection:
         faults: (step, why it was skipped), where that was seen.
         scales: (step, loss scale) at the start and wherever it changed.
         skips: what is known of the skipped updates.
-        losses: of each step that was applied.
+        losses: of each step whose update was not skipped in it.
     """
 
     first_step: int
@@ -84,9 +84,8 @@ class Collector:
 
     def train(self, steps: int, on_step: Callable[[int], None] = lambda step: None) -> Collection:
         """Trains `steps` steps and returns `found`; `on_step` is called after each with the number of all so far."""
-        optimizer = self._trainer.optimizer
         for _ in range(steps):
-            self._step(self._next_batches(), float(optimizer.loss_scale), int(optimizer.applied_steps))
+            self._step(self._next_batches(), float(self._trainer.optimizer.loss_scale))
             on_step(self.found.steps)
         return self.found
 
@@ -119,8 +118,8 @@ class Collector:
             self.found.no_reference = self._reference.obstacle(*batches)
         return batches
 
-    def _step(self, batches: Sequence, scale: float, applied: int) -> None:
-        found, optimizer = self.found, self._trainer.optimizer
+    def _step(self, batches: Sequence, scale: float) -> None:
+        found = self.found
         step, comparable = found.first_step + found.steps, not self._in_float32 and not found.no_reference
         if not found.scales or found.scales[-1][1] != scale:
             found.scales.append((step, scale))
@@ -133,12 +132,12 @@ class Collector:
         if own.overflowed() and comparable and reference is None:  # a skipped step has changed nothing that this would see
             reference = self._reference(*batches, step=step, loss_scale=scale)
         self._note(step, own, reference)
-        if int(optimizer.applied_steps) > applied or optimizer.accumulation_steps > 1:
+        skipped = {name: int(each.skipped_steps) for name, each in self._trainer.optimizers.items()}
+        if skipped == self._skipped:  # else the metrics are those from before the update
             found.losses.append(float(self._trainer.metrics["loss"].result()))
         for name, each in self._trainer.optimizers.items():
-            if (skipped := int(each.skipped_steps)) > self._skipped[name]:
-                found.skips += each.skips(self._skipped[name], skipped)
-                self._skipped[name] = skipped
+            found.skips += each.skips(self._skipped[name], skipped[name])
+        self._skipped = skipped
         found.steps += 1
 
     def _note(self, step: int, own: Sight, reference: Sight | None) -> None:
