@@ -38,6 +38,14 @@ class LoudTrainer(VectorTrainer):
         return [keras.layers.Dense(32, activation="relu", name="first"), loud, keras.layers.LayerNormalization(name="quiet")]
 
 
+class ShrunkTrainer(VectorTrainer):
+    """What `shrink` makes of values and gradients leaves `second` most of its gradient at loss scale 1, and `first` next to none."""
+
+    def middle(self):
+        first, second = super().middle()
+        return [first, keras.layers.Rescaling(1e-6, name="shrink"), second]
+
+
 FAINT = 1e-6
 
 

@@ -237,6 +237,16 @@ def test_static_loss_scale_that_is_too_high_is_at_risk_and_lowered(sick, tmp_pat
     assert after["skipped steps"] == after["layers at risk"] == 0
 
 
+def test_layer_that_loses_most_of_its_gradient_stands_above_one_that_loses_some(sick, tmp_path):
+    config = sick("ShrunkTrainer")
+    config.loss_scale.dynamic, config.loss_scale.initial_scale = False, 1.0
+    report = report_of(config, tmp_path)
+    first, second = (layer for layer in report["layers"] if layer["at_risk"])
+    shares = [int(layer["verdict"].partition("% of its gradient vanishes")[0]) for layer in (first, second)]
+    assert shares[0] > 50 > shares[1]
+    assert riskiest(report) == first
+
+
 def test_bfloat16_run_is_told_of_what_bfloat16_itself_does(sick, tmp_path):
     report = report_of(sick("VarianceTrainer", policy="mixed_bfloat16"), tmp_path)
     assert riskiest(report)["path"] == "sequential/norm"

@@ -155,7 +155,7 @@ def _fits(largest: float) -> str:
     return f"fits, with {math.log2(_LARGEST / largest):.0f} powers of two above its largest output"
 
 
-_TOO_LARGE, _UNFIT = 1.0, 0.8
+_TOO_LARGE, _UNFIT, _MOSTLY_LOST = 1.0, 0.8, 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +233,9 @@ def _bad_scale(found: Collection, layer: Layer, fitting: Scales | None, setting:
     gradients, scale = _gradients(found, layer), setting.loss_scale
     lost = max((each.lost_at(round(math.log2(scale))) for each in gradients), default=0.0)
     if lost > _LOST_GRADIENT:
+        tier = _MOSTLY_LOST if lost > 0.5 else 0.7
         return Cause(
-            0.7, f"{lost:.0%} of its gradient vanishes at loss scale {scale:,.0f}: use at least {2**fitting.lowest:,.0f}"
+            tier, f"{lost:.0%} of its gradient vanishes at loss scale {scale:,.0f}: use at least {2**fitting.lowest:,.0f}"
         )
     largest = max((each.largest() for each in gradients), default=0.0) * scale
     if largest > _LARGEST and not setting.lowered:
