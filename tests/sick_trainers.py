@@ -39,11 +39,24 @@ class LoudTrainer(VectorTrainer):
 
 
 class ShrunkTrainer(VectorTrainer):
-    """What `shrink` makes of values and gradients leaves `second` most of its gradient at loss scale 1, and `first` next to none."""
+    """At loss scale 1 `shrink` leaves `second` most of its gradient, and `first` next to none."""
 
     def middle(self):
         first, second = super().middle()
         return [first, keras.layers.Rescaling(1e-6, name="shrink"), second]
+
+
+@tf.custom_gradient
+def _narrow(x):
+    return tf.identity(x), lambda gradient: gradient * tf.constant(1e-5, gradient.dtype) * tf.constant(1e-5, gradient.dtype)
+
+
+class NarrowTrainer(VectorTrainer):
+    """`narrow` takes gradients down by ten powers of ten on their way to `first`, further than any loss scale bridges."""
+
+    def middle(self):
+        first, second = super().middle()
+        return [first, keras.layers.Lambda(_narrow, name="narrow"), second]
 
 
 FAINT = 1e-6

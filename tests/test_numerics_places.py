@@ -247,6 +247,18 @@ def test_layer_that_loses_most_of_its_gradient_stands_above_one_that_loses_some(
     assert riskiest(report) == first
 
 
+def test_layer_in_float32_whose_gradient_vanishes_before_it_gets_there_is_told_so_and_fed(sick, tmp_path):
+    config = sick("NarrowTrainer")
+    advice = report_of(config, tmp_path / "none")["advice"]
+    assert advice["float32_layers"] == ["^sequential/first$", "^sequential/narrow$"]
+    assert advice["check"]["after"]["layers at risk"] == 0
+
+    config.precision.float32_layers = ("^sequential/first$",)
+    report = report_of(config, tmp_path / "first")
+    assert riskiest(report)["path"] == "sequential/first"
+    assert "vanishes on its way" in riskiest(report)["verdict"]
+
+
 def test_bfloat16_run_is_told_of_what_bfloat16_itself_does(sick, tmp_path):
     report = report_of(sick("VarianceTrainer", policy="mixed_bfloat16"), tmp_path)
     assert riskiest(report)["path"] == "sequential/norm"

@@ -10,7 +10,7 @@ from mptrain import keras_compat, precision
 from mptrain.numerics.faults import first_nonfinite
 from mptrain.numerics.places import OUTPUT, Site
 from mptrain.numerics.probe import Probe
-from mptrain.numerics.verdicts import Layer, Scales
+from mptrain.numerics.verdicts import STARVED, Layer, Scales
 
 _BEHIND = 2  # layers behind a site that are tried for its sake: each try is traced anew
 _FRAGMENT = '''"""What --mode=numerics advises{for_what}: call it in get_config(), or paste its lines there."""
@@ -100,6 +100,7 @@ class Advisor:
         held, bad = self._mended(needed, scale)
         if shown:
             held = self._fewest(held, certain, bad, scale)
+        held = self._fed(held, fitting.unfit if fitting else (), scale)
         in_code = tuple(self._in_code(at_risk, bad, mended=bad is None and bool(held)))
         if held and not self._weights_left(held):  # which a config with 16 bits may not ask for
             return Advice((), None, in_code, policy="float32")
@@ -132,10 +133,32 @@ class Advisor:
                 held = fewer
         return held
 
+    def _fed(self, held: list[str], unfit: Iterable[str], scale: float | None) -> list[str]:
+        """Returns `held` and what must be held behind the layers that no loss scale fits, so that gradients get there."""
+        for layer in self._judged:
+            if layer.path in unfit and layer.path in held and layer.gradients:
+                behind = [path for path in self._behind(layer.gradients[-1]) if path in self._reached and path not in held]
+                tries = [[*held, *behind[:count]] for count in range(len(behind) + 1)]
+                held = next((each for each in tries if not self._starves(layer, each, scale)), held)
+        return held
+
+    def _starves(self, layer: Layer, held: Sequence[str], scale: float | None) -> bool:
+        """Whether most of a layer's gradient vanishes on its way there, in the first of the steps."""
+        reference = Probe(self._trainer, reference=True)
+        for step, batches in self._steps[:1]:
+            if not reference.obstacle(*batches):
+                own = Probe(self._trainer, float32_layers=held)
+                ranges = [probe(*batches, step=step, loss_scale=scale).range(*layer.gradients) for probe in (own, reference)]
+                return ranges[0].zeroed(ranges[1]) > STARVED
+        return False
+
+    def _behind(self, site: Site) -> list[str]:
+        behind = [layer.path for layer in self._judged if any(each.position > site.position for each in layer.outputs)]
+        return behind[:_BEHIND]
+
     def _candidates(self, bad: Site, held: Sequence[str]) -> Iterable[str]:
         """Yields the layers that may mend a site, the likeliest first."""
-        behind = [layer.path for layer in self._judged if any(site.position > bad.position for site in layer.outputs)]
-        for path in (bad.layer, bad.computed_by, bad.after, *behind[:_BEHIND]):
+        for path in (bad.layer, bad.computed_by, bad.after, *self._behind(bad)):
             if path in self._reached and path not in held:
                 yield path
 

@@ -11,6 +11,7 @@ from mptrain import forward_graph, keras_compat, precision
 from mptrain.errors import InputError, one_line
 from mptrain.numerics import in_float32, tally
 from mptrain.numerics.places import WEIGHT, Site
+from mptrain.numerics.ranges import Range
 from mptrain.numerics.recorder import Recorder
 
 _OWN_CASTS = "the model casts to 16 bits by itself"
@@ -42,6 +43,14 @@ class Sight:
     def empty(self) -> "Sight":
         """Returns the same sites with nothing seen there."""
         return dataclasses.replace(self, counts=np.zeros_like(self.counts), largest=np.zeros_like(self.largest))
+
+    def range(self, *sites: Site) -> Range:
+        """Returns the range of the values at some sites, all together."""
+        whole = Range()
+        for site, row, largest, scale in zip(self.sites, self.counts, self.largest, self.scales, strict=True):
+            if site in sites:
+                whole.add(row, largest, scale)
+        return whole
 
     def overflowed(self) -> bool:
         """Whether a weight's gradient is not finite, so that the step is skipped."""

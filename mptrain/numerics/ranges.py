@@ -66,6 +66,11 @@ class Range:
         """Returns the share of all values that are finite and round to infinity in float16."""
         return self._share(self._beyond[1, 0 if scaled else 1])
 
+    def zeroed(self, true: "Range") -> float:
+        """Returns the share of what is not zero in `true` that is zero here; of the same place in the step."""
+        own, meant = self._share(self.zeros), true._share(true.zeros)
+        return max(own - meant, 0.0) / (1 - meant) if meant < 1 else 0.0
+
     def lost_at(self, exponent: int) -> float:
         """Returns the share of the sum of magnitudes that float16 loses if the true values are multiplied by 2**exponent."""
         magnitudes = self._spreads[1] * np.exp2(np.arange(len(self._spreads[1])) + _FIRST + 0.5)

@@ -15,6 +15,7 @@ from mptrain.numerics.tally import FORMATS
 _LARGEST = FORMATS["float16"].largest
 _LOST_GRADIENT = 0.01  # of the sum of magnitudes
 _LOST_OUTPUT = 0.05  # of the values that are not zero
+STARVED = 0.5  # of a gradient's values: are zero where float32 is held, though they are not if all is float32
 _NEXT_TO_NOTHING = 2.0**-20  # as the gradient of a bias before a normalization, which is zero but for rounding
 _SCALES = range(25)  # powers of two
 
@@ -170,7 +171,7 @@ class Cause:
 def _cause(found: Collection, layer: Layer, fitting: Scales | None, setting: Setting) -> Cause | None:
     """Returns the gravest thing that there is to say of a layer; None where all is well."""
     if _is_held(found, layer):
-        return Cause(0.0, "computes in float32")
+        return _starved(found, layer, setting) or Cause(0.0, "computes in float32")
     if layer.dtype == "bfloat16":
         return _not_finite(found, layer, setting) or Cause(0.0, "computes in bfloat16, whose range is float32's")
     return (
@@ -180,6 +181,18 @@ def _cause(found: Collection, layer: Layer, fitting: Scales | None, setting: Set
         or _bad_scale(found, layer, fitting, setting)
         or _next_to_end(found, layer)
     )
+
+
+def _starved(found: Collection, layer: Layer, setting: Setting) -> Cause | None:
+    """Whether what float32 would hold has vanished before it gets there."""
+    exponent = round(math.log2(setting.loss_scale))
+    for site in layer.gradients:
+        if site not in found.reference or found.reference[site].lost_at(exponent) <= _LOST_GRADIENT:
+            continue
+        if (zeroed := found.observed[site].zeroed(found.reference[site])) > STARVED:
+            words = f"computes in float32, but {zeroed:.0%} of its gradient vanishes on its way: hold what takes its output too"
+            return Cause(_MOSTLY_LOST, words, site)
+    return None
 
 
 def _too_large(found: Collection, layer: Layer) -> Cause | None:
