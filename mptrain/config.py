@@ -249,7 +249,14 @@ def from_fields(values: dict[str, object]) -> ConfigDict:
     config = default_config()
     for path, value in values.items():
         set_field(config, path, value)
+    for path in FREE_GROUPS:
+        config[path].unlock()
     return config
+
+
+def copied(config: ConfigDict) -> ConfigDict:
+    """Returns a copy whose fields take what they took; those of ConfigDict's own copies take one type only."""
+    return from_fields(dict(fields(config)))
 
 
 def set_field(config: ConfigDict, path: str, value: object) -> None:

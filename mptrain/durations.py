@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from ml_collections import ConfigDict
 
-from mptrain.config import default_config, fields, place
+from mptrain.config import copied, default_config, fields, place
 from mptrain.errors import InputError
 
 _NOTHING = (None, ())
@@ -59,7 +59,7 @@ def resolve(config: ConfigDict, examples: Callable[[], int]) -> ConfigDict:
     Raises:
         InputError: if it is needed and not known. A default in epochs is left as it is then: a mode may not need it.
     """
-    values, resolved = dict(fields(config)), config.copy_and_resolve_references()
+    values, resolved = dict(fields(config)), copied(config)
     window = config.optimizer.accumulation_steps
 
     def in_steps(number: float) -> int:

@@ -61,7 +61,7 @@ def fast_dev_run(config: ConfigDict, console: Console | None = None) -> None:
 
 def _shortened(config: ConfigDict, steps: int) -> ConfigDict:
     """Returns the config of a run of so many steps that does all it can at the end of each accumulation window."""
-    config, window = config.copy_and_resolve_references(), config.optimizer.accumulation_steps
+    config, window = config_lib.copied(config), config.optimizer.accumulation_steps
     lengths = {"train.steps": steps, "eval.every_steps": window, "checkpoint.every_steps": window}
     if config.numerics.every_steps or config.numerics.every_epochs:
         lengths["numerics.every_steps"] = window

@@ -99,7 +99,7 @@ def _first_difference(left: np.ndarray, right: np.ndarray) -> str:
 
 
 def _shortened(config: ConfigDict) -> ConfigDict:
-    config, window = config.copy_and_resolve_references(), config.optimizer.accumulation_steps
+    config, window = config_lib.copied(config), config.optimizer.accumulation_steps
     steps = -(-config.verify_resume.steps // window) * window
     config.train.steps = steps
     config.train.time_limit, config.log.loggers = 0, ()

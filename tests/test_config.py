@@ -86,6 +86,17 @@ def test_missing_field_and_wrong_type_are_refused():
     refuse(config, "config.train.steps is 'many': write a value of type int")
 
 
+def test_copy_takes_values_of_all_types_that_the_config_took(config):
+    config.train.steps_per_loop, config.train.jit_compile, config.train.time_limit = "auto", True, "2h"
+    config.export.checkpoint, config.model = 12, {"sizes": (3, 4), "inner": {"rate": 0.5}}
+    copy = config_lib.copied(config)
+    assert dict(config_lib.fields(copy)) == dict(config_lib.fields(config))
+    copy.train.steps_per_loop, copy.train.jit_compile, copy.train.time_limit, copy.export.checkpoint = 5, "auto", 0, "best"
+    copy.model.more = 1
+    assert "more" not in config.model
+    assert config.train.steps_per_loop == "auto"
+
+
 def test_the_experiments_own_fields_are_free(config):
     config.model = {"width": 3}
     config_check.validate(config)
