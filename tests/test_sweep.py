@@ -125,6 +125,15 @@ def test_all_trials_are_checked_before_the_first_one_runs(config, tmp_path, spac
     assert not (tmp_path / "sweep").exists()
 
 
+def test_trials_vary_fields_of_several_types_and_have_no_time_limit(config, tmp_path):
+    for value in ("auto", 7):
+        assert mode.config_of(config, {"train.steps_per_loop": value}).train.steps_per_loop == value
+    config.train.time_limit = "1h"
+    with pytest.raises(InputError, match="time_limit ends a trial without the evaluation that ranks it"):
+        mode.sweep(config, as_search({"seed": [1, 2]}), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_optunas_ranges_are_checked_before_the_first_trial(config, tmp_path):
     search = sweep.optuna(trials=2, space={"optimizer.learning_rate": sweep.uniform(-1.0, 1.0)})
     with pytest.raises(InputError, match="optimizer.learning_rate is -1"):

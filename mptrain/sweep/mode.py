@@ -43,6 +43,8 @@ def sweep(config: ConfigDict, search: Search, workdir: pathlib.Path) -> dict[str
     folder, console = RunFolder(workdir), Console()
     if devices.is_multi_worker(config.devices):
         raise InputError("--mode=sweep starts its trials on this host: use another devices.strategy for it")
+    if config.train.time_limit:
+        raise InputError("config.train.time_limit ends a trial without the evaluation that ranks it: leave it out of a sweep")
     if folder.config_file.exists():
         raise InputError(f"--workdir={folder.path} holds a run: name another folder for the sweep")
     if ":" in str(folder.path):
@@ -77,7 +79,7 @@ def config_of(config: ConfigDict, parameters: Mapping[str, object]) -> ConfigDic
     Raises:
         InputError: for a field that does not exist, or a value of another type.
     """
-    config = config.copy_and_resolve_references()
+    config = config_lib.copied(config)
     for path, value in parameters.items():
         config_lib.set_field(config, path, value)
         durations.prefer(config, path)
