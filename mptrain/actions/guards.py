@@ -44,7 +44,7 @@ class NanGuard:
         self._watched = trainer.config.nan_guard.metrics or tuple(trainer.metrics)
         if self._patience:
             checkpoints.must_be_finite = trainer.weights
-        self._applied = int(trainer.optimizer.applied_steps)
+        self._applied = self._counted()
         self._loops = 0
         self._last_good = int(trainer.global_step.numpy())
 
@@ -54,9 +54,9 @@ class NanGuard:
         Raises:
             RunError: if that was one too many.
         """
-        applied, before = int(self._trainer.optimizer.applied_steps), self._applied
+        applied, before = self._counted(), self._applied
         self._applied = applied
-        if not self._patience or applied == before:
+        if not self._patience or any(now == then for now, then in zip(applied, before, strict=True)):
             return
         bad = self._nonfinite(outputs)
         self._loops = self._loops + 1 if bad else 0
@@ -95,6 +95,10 @@ class NanGuard:
     @property
     def _step(self) -> int:
         return int(self._trainer.global_step.numpy())
+
+    def _counted(self) -> list[int]:
+        """Returns the applied steps of each optimizer: where one skips all of a loop, the loop has no metrics."""
+        return [int(optimizer.applied_steps) for optimizer in self._trainer.optimizers.values()]
 
     def _nonfinite(self, outputs: Mapping[str, float]) -> list[str]:
         return [name for name in self._watched if name in outputs and not math.isfinite(outputs[name])]
