@@ -14,10 +14,12 @@ from mptrain.console import Console
 from mptrain.errors import RunError
 from mptrain.metrics_log import MetricsLog, NoLog
 from mptrain.orbit_import import orbit
+from mptrain.pictures import WritePictures
 from mptrain.run_folder import RunFolder
 from mptrain.trainer import Trainer
 
 _LOOK_EVERY = 0.5  # seconds
+_ENDS = ("finished", "failed")  # events after which only a new command goes on; a stopped run is expected back
 
 
 class LogTail:
@@ -25,7 +27,7 @@ class LogTail:
 
     Attributes:
         evaluated: the steps that an evaluating process has evaluated.
-        ended: whether the last that is known of the run is that it has finished.
+        ended: whether the last that is known of the run is that it has finished or failed.
 
     Args:
         path: the file; need not be there yet.
@@ -62,8 +64,8 @@ class LogTail:
             row = json.loads(line)
             if row.get("split") == "eval" and "mode" in row:
                 self.evaluated.add(row["step"])
-            elif row.get("split") == "train" or row.get("event") in ("resume", "finished"):
-                self.ended = row.get("event") == "finished"
+            elif row.get("split") == "train" or row.get("event") in ("resume", *_ENDS):
+                self.ended = row.get("event") in _ENDS
         except (ValueError, AttributeError, KeyError):
             return  # what a kill has cut short
 
@@ -159,6 +161,7 @@ class Follower:
             evaluator=self._trainer,
             global_step=self._trainer.global_step,
             eval_summary_dir=self._folder.events("eval"),
+            eval_actions=[WritePictures(self._trainer, self._folder.events("eval"))],
         )
 
     def _give_up(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ import tensorflow as tf
 from mptrain import InputError, RunError, run, tensor_file
 from mptrain.continuous_eval import LogTail
 from tests.runs import launch, rows, tiny_config
+from tests.trainers import ModuleTrainer
 
 
 @pytest.fixture
@@ -117,6 +118,35 @@ def test_run_that_was_ended_early_has_ended(small, tmp_path):
     run(small, tmp_path / "run", "train")
     run(small, tmp_path / "run", "continuous_eval")
     assert evaluated(tmp_path / "run") == [2, 4, 6]
+
+
+def test_run_that_has_failed_has_ended(small, folder, capsys):
+    unfinish(folder)
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": 10, "event": "failed", "reason": "a full disk"}) + "\n")
+    run(small, folder, "continuous_eval")
+    assert evaluated(folder) == [2, 4, 6, 8, 10]
+    assert "the run has ended; 5 of its checkpoints were evaluated here" in capsys.readouterr().out
+
+
+class PicturingTrainer(ModuleTrainer):
+    def pictures(self):
+        return {"dot": tf.zeros([2, 2, 1])}
+
+
+def test_pictures_come_with_each_evaluation(small, tmp_path):
+    small.trainer = f"{__name__}.PicturingTrainer"
+    small.train.steps = 4
+    run(small, tmp_path / "run", "train")
+    run(small, tmp_path / "run", "continuous_eval")
+    pictures = [
+        (event.step, value.tag)
+        for file in (tmp_path / "run" / "eval").iterdir()
+        for event in tf.compat.v1.train.summary_iterator(str(file))
+        for value in event.summary.value
+        if value.tag == "dot"
+    ]
+    assert sorted(pictures) == [(2, "dot"), (4, "dot")]
 
 
 def test_checkpoint_that_is_removed_while_it_is_read_is_passed_over(small, folder, monkeypatch, capsys):
