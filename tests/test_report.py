@@ -43,8 +43,27 @@ def test_page_tells_how_a_run_went(tmp_path):
         "name": "eval", "kind": "series-2", "steps": [50, 100], "values": [0.9, 0.95], "raw": None, "dots": True
     }  # fmt: skip
     assert [plot["name"] for plot in data["course"]] == ["learning rate", "gradient norm", "examples a second"]
-    assert data["scales"] == [[10, 2048.0], [26, 1024.0]]
-    assert data["skipped"] == [[25, 25, 1]]
+    assert data["scales"] == [{"name": "", "scales": [[10, 2048.0], [26, 1024.0]], "skipped": [[25, 25, 1]]}]
+
+
+def test_each_of_several_optimizers_has_its_own_course_and_loss_scale(tmp_path):
+    def row(step, scale, skipped):
+        fields = {"learning_rate": 0.1, "loss_scale": 1024.0, "gradient_norm": 1.0, "applied_steps": step, "skipped_steps": 0}
+        second = {**fields, "loss_scale": scale, "applied_steps": step - skipped, "skipped_steps": skipped}
+        each = {f"{name}/{field}": value for name, its in (("g", fields), ("d", second)) for field, value in its.items()}
+        return loop(step, loss_scale=min(1024.0, scale), skipped_steps=skipped, **each)
+
+    skipped = [event(11, "overflow", optimizer="d", loss_scale=4096.0, loss_finite=True, layer="d/x", variables=["a"])]
+    words, data = page_of(write(tmp_path / "run", [row(10, 4096.0, 0), *skipped, row(20, 2048.0, 1)]))
+    assert [plot["name"] for plot in data["metrics"]] == ["loss", "accuracy"]
+    assert [plot["name"] for plot in data["course"]] == [
+        "learning rate, g", "learning rate, d", "gradient norm, g", "gradient norm, d", "examples a second"
+    ]  # fmt: skip
+    assert data["scales"] == [
+        {"name": "g", "scales": [[10, 1024.0]], "skipped": []},
+        {"name": "d", "scales": [[10, 4096.0], [12, 2048.0]], "skipped": [[11, 11, 1]]},
+    ]
+    assert "The loss scale of g ended at 2¹⁰. The loss scale of d ended at 2¹¹. One update was skipped" in words
 
 
 def test_page_is_a_function_of_the_folder(tmp_path):
@@ -61,6 +80,8 @@ def test_time_without_a_process_does_not_count(tmp_path):
     [
         ([loop(10), event(10, "finished")], "Finished at step 10."),
         ([loop(10), event(10, "preemption", signal="SIGINT")], "Stopped by SIGINT at step 10, and saved."),
+        ([loop(10), event(10, "finished", reason="early stop: loss")], "Finished at step 10: early stop: loss."),
+        ([loop(10), event(10, "time_limit", limit="2h")], "Its time limit of 2h was reached at step 10; it was saved."),
         ([loop(10), event(10, "failed", reason="RunError: <no>")], "Failed at step 10: RunError: &lt;no&gt;"),
         ([loop(10)], "The log ends at step 10 and does not say why: the run goes on, or was killed."),
         ([loop(10), event(10, "finished"), event(10, "resume"), loop(20)], "The log ends at step 20 and does not say why"),

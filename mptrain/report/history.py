@@ -16,7 +16,7 @@ import numpy as np
 COURSE = {"learning_rate": "learning rate", "gradient_norm": "gradient norm", "examples_per_second": "examples a second"}
 _COUNTERS = ("loss_scale", "applied_steps", "skipped_steps", "steps_per_second")
 _NO_VALUES = ("step", "split", "time", "mode", "nonfinite")
-_ENDS = ("finished", "failed", "preemption")
+_ENDS = ("finished", "failed", "preemption", "time_limit")
 _MOST_EVENTS = 1000  # that are kept of one kind; the rest are counted
 
 
@@ -72,7 +72,7 @@ class History:
     Attributes:
         train, eval: `Columns`.
         events: rows of all events but overflows and where they came from, the last thousand of each kind.
-        overflows: rows "overflow" and "overflows_forgotten", as (step, loss scale or None, 1 or, of the latter, 0).
+        overflows: rows "overflow" and "overflows_forgotten", as (step, loss scale or None, 1 or, of the latter, 0, optimizer).
         skip_rows, origins: rows "overflow", and "provenance", which says where one came from: the first thousand.
         forgotten_events: how many events are not in `events`.
         damaged: how many lines could not be read.
@@ -100,19 +100,28 @@ class History:
         return max([*steps, *(event["step"] for event in self.events)], default=0)
 
     @property
+    def optimizers(self) -> list[str]:
+        """The names of the optimizers, where there are several."""
+        return [name.removesuffix("/applied_steps") for name in self.train.values if name.endswith("/applied_steps")]
+
+    @property
     def metrics(self) -> list[str]:
         """The names of the metrics, the loss first."""
-        names = dict.fromkeys([*self.train.values, *self.eval.values])
-        return sorted((name for name in names if name not in COURSE and name not in _COUNTERS), key="loss".__ne__)
+        fields, names = (*COURSE, *_COUNTERS), dict.fromkeys([*self.train.values, *self.eval.values])
+        others = {of_optimizer(each, field) for each in ("", *self.optimizers) for field in fields}
+        return sorted((name for name in names if name not in others), key="loss".__ne__)
 
-    def skips(self) -> list[tuple[int, int, int]]:
-        """Returns (from step, to step, how many) of all skipped steps: those that have an event by their step, others by loop.
+    def skips(self, optimizer: str = "") -> list[tuple[int, int, int]]:
+        """Returns (from step, to step, how many) of skipped steps: those that have an event by their step, others by loop.
 
         Under accumulation the last step of the window stands for the update.
+
+        Args:
+            optimizer: one of several; "": all.
         """
-        found = [(step, step, 1) for step, _, count in self.overflows if count == 1]
+        found = [(step, step, 1) for step, _, count, whose in self.overflows if count == 1 and optimizer in ("", whose)]
         known = np.sort([float(step) for step, *_ in found])
-        counts = self.train.values.get("skipped_steps", np.empty(0))
+        counts = self.train.values.get(of_optimizer(optimizer, "skipped_steps"), np.empty(0))
         counted = ~np.isnan(counts)
         steps, counts = self.train.steps[counted], np.maximum.accumulate(counts[counted])
         before, already = (np.concatenate([[0.0], each[:-1]]) for each in (steps, counts))
@@ -121,11 +130,17 @@ class History:
         found += [(int(before[i]), int(steps[i]) - 1, int(more[i])) for i in np.flatnonzero(more > 0)]
         return sorted(found)
 
-    def scales(self) -> list[tuple[int, float]]:
-        """Returns (step, loss scale) wherever it changed: behind a skipped step, or else when a loop had ended."""
-        column = self.train.values.get("loss_scale", np.empty(0))
+    def scales(self, optimizer: str = "") -> list[tuple[int, float]]:
+        """Returns (step, loss scale) wherever it changed: behind a skipped step, or else when a loop had ended.
+
+        Args:
+            optimizer: one of several; "": the only one.
+        """
+        column = self.train.values.get(of_optimizer(optimizer, "loss_scale"), np.empty(0))
         known = column > 0
-        met = [(step, scale) for step, scale, _ in self.overflows if scale is not None and scale > 0]
+        met = [
+            (step, scale) for step, scale, _, whose in self.overflows if scale is not None and scale > 0 and whose == optimizer
+        ]
         skipped = np.repeat([True, False], [len(met), known.sum()])
         steps = np.concatenate([[step for step, _ in met], self.train.steps[known]])
         scales = np.concatenate([[scale for _, scale in met], column[known]])
@@ -157,11 +172,13 @@ class History:
             if split == "train":
                 self.end = None  # the run went on
         elif event == "overflow":
-            self.overflows.append((row["step"], finite_or_none(row.get("loss_scale")), 1))
+            self.overflows.append((row["step"], finite_or_none(row.get("loss_scale")), 1, row.get("optimizer", "")))
             if len(self.skip_rows) < _MOST_EVENTS:
                 self.skip_rows.append(row)
         elif event == "overflows_forgotten":
-            self.overflows.append((row["step"], None, 0))  # how many they are is in the rows of the loops
+            self.overflows.append(
+                (row["step"], None, 0, row.get("optimizer", ""))
+            )  # how many they are is in the rows of the loops
         elif event == "provenance":
             if len(self.origins) < _MOST_EVENTS:
                 self.origins.append(row)
@@ -185,6 +202,11 @@ class History:
         if self._before is not None and row.get("event") not in ("resume", "fallback"):
             self._seconds += max(0.0, now - self._before)
         self._before = now
+
+
+def of_optimizer(name: str, field: str) -> str:
+    """Returns what a row calls a field of one of several optimizers; of the only one, called "", the field itself."""
+    return f"{name}/{field}" if name else field
 
 
 def is_number(value) -> bool:

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from mptrain import pages
 from mptrain.errors import InputError
 from mptrain.pages import numbers
 from mptrain.report import thinning
-from mptrain.report.history import COURSE, Columns, History, finite_or_none
+from mptrain.report.history import COURSE, Columns, History, finite_or_none, of_optimizer
 
 _LOG = 10  # a curve of positive values that spans so much is drawn on a logarithmic axis
 _LINEAR = ("learning_rate", "examples_per_second")  # but these
@@ -38,7 +38,7 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
     history, run = History(folder / "metrics.jsonl"), _run(folder)
     page.parent.mkdir(exist_ok=True)
     skips, skipped = history.skips(), history.train.last("skipped_steps")
-    scale, drawn = history.train.last("loss_scale"), _drawn(history, skips)
+    names, drawn = _optimizers(history), _drawn(history)
     told = _told(history, run["config"].get("optimizer.accumulation_steps"))
     module, _, trainer = str(run["config"].get("trainer") or folder.resolve().name).rpartition(".")
     pages.write(
@@ -51,8 +51,8 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         ending=_ending(history),
         total=finite_or_none(run["config"].get("train.steps")),
         final=_final(history),
-        scale=scale,
-        scaled=scale not in (None, 1.0) or len(history.scales()) > 1,
+        scales=[(name, history.train.last(of_optimizer(name, "loss_scale"))) for name in names],
+        scaled=any(len(one["scales"]) > 1 or one["scales"] and one["scales"][0][1] != 1 for one in drawn["scales"]),
         applied=history.train.last("applied_steps"),
         skipped=max(sum(count for *_, count in skips), int(skipped or 0)),
         duration=_duration(history.seconds),
@@ -93,7 +93,11 @@ def _ending(history: History) -> dict[str, str]:
     if end is None:
         return {"kind": "quiet", "words": f"The log ends at step {step} and does not say why: the run goes on, or was killed."}
     if end["event"] == "finished":
-        return {"kind": "good", "words": f"Finished at step {end['step']:,}."}
+        why = f": {end['reason']}" if end.get("reason") else ""
+        return {"kind": "good", "words": f"Finished at step {end['step']:,}{why}."}
+    if end["event"] == "time_limit":
+        limit = f" of {end['limit']}" if "limit" in end else ""
+        return {"kind": "quiet", "words": f"Its time limit{limit} was reached at step {end['step']:,}; it was saved."}
     if end["event"] == "preemption":
         return {"kind": "quiet", "words": f"Stopped by {end.get('signal', 'a signal')} at step {end['step']:,}, and saved."}
     return {"kind": "bad", "words": f"Failed at step {end['step']:,}: {end.get('reason', 'for a reason that was not logged')}"}
@@ -187,41 +191,60 @@ def _skip(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _drawn(history: History, skips: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+def _optimizers(history: History) -> list[str]:
+    """Returns the names of the optimizers; an only one is called ""."""
+    return history.optimizers or [""]
+
+
+def _drawn(history: History) -> dict[str, Any]:
     """What the scripts need."""
-    scales = history.scales()
-    places = thinning.thinned(np.log2([max(scale, 2.0**-149) for _, scale in scales]))
     return {
         "steps": [0, max(history.last_step, 1)],
         "metrics": [_plot(name, history, {"train": history.train, "eval": history.eval}) for name in history.metrics],
-        "course": [
-            _plot(name, history, {"": history.train}) | {"name": title}
-            for name, title in COURSE.items()
-            if name in history.train.values
-        ],
-        "scales": [scales[place] for place in places],
-        "skipped": thinning.bucketed(list(skips)),
+        "course": list(_course(history)),
+        "scales": [_scale(history, name) for name in _optimizers(history) if history.scales(name)],
     }
 
 
-def _plot(name: str, history: History, splits: Mapping[str, Columns]) -> dict[str, Any]:
-    series = [_series(split, columns, name) for split, columns in splits.items() if name in columns.values]
+def _course(history: History) -> Iterator[dict[str, Any]]:
+    """Yields the plots of what a row tells beside metrics: of each optimizer where there are several, not of all together."""
+    for field, title in COURSE.items():
+        names = [""] if field == "examples_per_second" else _optimizers(history)
+        for name in names:
+            column = of_optimizer(name, field)
+            if column in history.train.values:
+                shown = _plot(column, history, {"": history.train}, field)
+                yield shown | {"name": f"{title}, {name}" if name else title}
+
+
+def _scale(history: History, name: str) -> dict[str, Any]:
+    scales = history.scales(name)
+    places = thinning.thinned(np.log2([max(scale, 2.0**-149) for _, scale in scales]))
+    return {
+        "name": name,
+        "scales": [scales[place] for place in places],
+        "skipped": thinning.bucketed(history.skips(name)),
+    }
+
+
+def _plot(name: str, history: History, splits: Mapping[str, Columns], field: str = "") -> dict[str, Any]:
+    series = [_series(split, columns, name, field) for split, columns in splits.items() if name in columns.values]
     shown = np.concatenate([columns.values[name] for columns in splits.values() if name in columns.values])
     known = shown[~np.isnan(shown)]
     lost = sorted({int(step) for columns in splits.values() for step in columns.nonfinite.get(name, ())})
     return {
         "name": name,
-        "log": bool(name not in _LINEAR and known.size and known.min() > 0 and known.max() > _LOG * known.min()),
-        "zero": name == "examples_per_second",
+        "log": bool(field not in _LINEAR and known.size and known.min() > 0 and known.max() > _LOG * known.min()),
+        "zero": field == "examples_per_second",
         "series": series,
         "nonfinite": thinning.bucketed([(step, step, 1) for step in lost]),
     }
 
 
-def _series(split: str, columns: Columns, name: str) -> dict[str, Any]:
+def _series(split: str, columns: Columns, name: str, field: str) -> dict[str, Any]:
     values = columns.values[name]
     places = thinning.thinned(values)
-    means = None if split == "eval" or name == "learning_rate" else thinning.smoothed(values, places)
+    means = None if split == "eval" or field == "learning_rate" else thinning.smoothed(values, places)
     dots = len(values) <= (_MOST_DOTS if split == "eval" else 1)
     return {
         "name": split,
