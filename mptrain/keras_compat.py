@@ -205,6 +205,16 @@ def set_policy(layer, name: str) -> None:
     """Gives a Keras layer, built or not, and all layers inside it the dtype policy `name`; variables keep their dtype."""
     for each in layers_in(layer):
         _set_one_policy(each, name if isinstance(each, keras.Layer) else tf_keras.mixed_precision.Policy(name))
+        if name == "float32" and isinstance(each, keras.layers.InputLayer) and each.dtype in ("float16", "bfloat16"):
+            _set_input_dtype(each, name)
+
+
+def _set_input_dtype(layer: keras.layers.InputLayer, dtype: str) -> None:
+    """Sets what a model casts its inputs to: 16 bits where it is a Sequential that was built by such inputs.
+
+    Private: Keras fixes it once and for all.
+    """
+    layer._dtype = layer.output._dtype = dtype
 
 
 def _set_one_policy(layer, policy) -> None:
@@ -218,12 +228,15 @@ def _set_one_policy(layer, policy) -> None:
 def policy(layer, name: str) -> Iterator[None]:
     """Gives a Keras layer and all layers inside it the dtype policy `name` for as long as the context lasts."""
     before = [(each, each.dtype_policy) for each in layers_in(layer)]
+    inputs = [(each, each.dtype) for each, _ in before if isinstance(each, keras.layers.InputLayer)]
     try:
         set_policy(layer, name)
         yield
     finally:
         for each, its in before:
             _set_one_policy(each, its)
+        for each, its in inputs:
+            _set_input_dtype(each, its)
 
 
 def _is_input(layer) -> bool:

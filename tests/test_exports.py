@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import mptrain
-from mptrain import InputError, RunError, config_check, default_config
+from mptrain import InputError, RunError, config_check, default_config, serving
 from tests import trainers
 from tests.conftest import ROOT
 from tests.test_model_check import ModuleOfLayers, Subclassed
@@ -154,6 +154,20 @@ def test_float32_export_of_a_module_is_what_numpy_computes(exports):
     trainer, _, inputs, answers = exports["module"]
     expected = inputs["inputs"].reshape(7, 36) @ trainer.model.w.numpy() + trainer.model.b.numpy()
     np.testing.assert_allclose(answers["outputs"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_of_a_sequential_that_was_built_by_them_are_not_rounded_in_float32():
+    layers = keras.layers
+    inner = [layers.Flatten(), layers.Dense(4), layers.Dense(3, dtype="float32")]
+    trainer = of(lambda: keras.Sequential([keras.Sequential(inner)]))(small())
+    inputs = trainer.eval_source.arrays["inputs"][:7]
+    before = evaluated(trainer, {"inputs": inputs})
+    served = serving.Serving(trainer, as_trained=False).serve(inputs=tf.constant(inputs))["outputs"]
+    kernel, bias, last_kernel, last_bias = (variable.numpy() for variable in trainer.model.trainable_variables)
+    expected = (inputs.reshape(7, -1) @ kernel + bias) @ last_kernel + last_bias
+    np.testing.assert_allclose(served, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(evaluated(trainer, {"inputs": inputs}), before)
+    assert not np.array_equal(before, expected)
 
 
 def test_keras_file_computes_the_same_from_the_scaled_inputs(exports):
