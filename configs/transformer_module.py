@@ -16,4 +16,5 @@ def get_config(size: str = "default") -> ConfigDict:
     config.trainer = "experiments.transformer_module.ModuleTransformerTrainer"
     config.model.compute_dtype = "float16"
     config.precision.policy = "native"  # what the module casts is all that is cast
+    config.export.precision = "as_trained"
     return config
