@@ -12,10 +12,11 @@ IMAGES is one of
 
 import os
 import pathlib
+import sys
 
 from ml_collections import ConfigDict
 
-from mptrain import default_config
+from mptrain import InputError, default_config
 
 # images: (data.name, blocks a stage, pixels moved, mirrored, length)
 IMAGES = {
@@ -30,7 +31,7 @@ def get_config(images: str = "auto") -> ConfigDict:
     if images == "auto":
         images = _found()
     if images not in IMAGES:
-        raise ValueError(f"no images {images!r}: write auto, {', '.join(IMAGES)} after the colon")
+        raise InputError(f"there are no images {images!r}: write auto, {', '.join(IMAGES)} after the colon")
     name, blocks, pad, flip, length = IMAGES[images]
     config = default_config()
     config.trainer = "experiments.resnet.ResNetTrainer"
@@ -52,7 +53,8 @@ def _found() -> str:
     """Chooses the images for "auto", and says so."""
     folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     if any((folder.expanduser() / "cifar10").glob("*/dataset_info.json")):
-        print(f"images: CIFAR-10, found in {folder}")
+        print(f"images: CIFAR-10, found in {folder}", file=sys.stderr)
         return "cifar10"
-    print(f"images: the embedded MNIST: there is no CIFAR-10 in {folder} (`tfds build cifar10 --file_format=array_record`)")
+    missing = f"there is no CIFAR-10 in {folder} (`tfds build cifar10 --file_format=array_record`)"
+    print(f"images: the embedded MNIST: {missing}", file=sys.stderr)  # --print_config has the other stream for itself
     return "mnist"

@@ -13,12 +13,12 @@ import sysconfig
 
 from ml_collections import ConfigDict
 
-from mptrain import default_config
+from mptrain import InputError, default_config
 
 
 def get_config(size: str = "default") -> ConfigDict:
     if size not in ("default", "small"):
-        raise ValueError(f"no size {size!r}: write small after the colon, or nothing")
+        raise InputError(f"there is no size {size!r}: write small after the colon, or nothing")
     config = default_config()
     config.trainer = "experiments.transformer.TransformerTrainer"
     config.model = ConfigDict({"layers": 4, "width": 256, "heads": 4})

@@ -80,7 +80,7 @@ def test_images_that_auto_takes_are_named_in_one_line(there, name, tmp_path, mon
         (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
         (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").touch()
     assert resnet.get_config().data.name == name
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
         f"images: CIFAR-10, found in {tmp_path}" if there else "images: the embedded MNIST: there is no CIFAR"
     )
@@ -92,4 +92,4 @@ def test_images_that_are_named_are_taken_without_a_word(images, capsys):
     config.data.dir = "somewhere"
     config_check.validate(config)
     assert images in config.data.name
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
