@@ -157,9 +157,11 @@ def test_float32_export_of_a_module_is_what_numpy_computes(exports):
 
 
 def test_inputs_of_a_sequential_that_was_built_by_them_are_not_rounded_in_float32():
-    layers = keras.layers
-    inner = [layers.Flatten(), layers.Dense(4), layers.Dense(3, dtype="float32")]
-    trainer = of(lambda: keras.Sequential([keras.Sequential(inner)]))(small())
+    def build():
+        layers = keras.layers
+        return keras.Sequential([keras.Sequential([layers.Flatten(), layers.Dense(4), layers.Dense(3, dtype="float32")])])
+
+    trainer = of(build)(small())
     inputs = trainer.eval_source.arrays["inputs"][:7]
     before = evaluated(trainer, {"inputs": inputs})
     served = serving.Serving(trainer, as_trained=False).serve(inputs=tf.constant(inputs))["outputs"]
