@@ -27,6 +27,62 @@ from mptrain.config import (
 )
 from mptrain.errors import InputError
 
+_POSITIVE = (
+    "data.batch_size",
+    "data.eval_batch_size",
+    "train.steps",
+    "train.epochs",
+    "eval.every_steps",
+    "eval.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.every_epochs",
+    "checkpoint.keep",
+    "data.examples",
+    "data.classes",
+    "data.context",
+    "verify_resume.steps",
+    "verify_resume.kills",
+    "numerics.steps",
+    "numerics.reference_every",
+    "parity.steps",
+    "parity.every_steps",
+    "parity.bound",
+    "loss_scale.growth_interval",
+    "loss_scale.hysteresis",
+    "loss_scale.max_consecutive_skips",
+    "loss_scale.min_scale",
+    "optimizer.learning_rate",
+    "optimizer.accumulation_steps",
+    "early_stop.patience",
+    "plateau.patience",
+    "plateau.factor",
+    "devices.start_timeout",
+    "devices.port",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "eval.timeout",
+    "early_stop.min_delta",
+    "plateau.cooldown",
+    "plateau.min_delta",
+    "plateau.min_learning_rate",
+    "nan_guard.patience",
+    "profile.start_step",
+    "profile.steps",
+    "eval.steps",
+    "numerics.every_steps",
+    "numerics.every_epochs",
+    "schedule.warmup_steps",
+    "schedule.warmup_epochs",
+    "schedule.end_factor",
+    "checkpoint.keep_best",
+    "devices.virtual_cpus",
+    "devices.workers",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.ema_momentum",
+)
+
 
 def validate(config: ConfigDict) -> None:
     """Checks names, types, ranges and contradictions.
@@ -190,70 +246,15 @@ def _choice_faults(config: ConfigDict) -> Iterator[str]:
 
 
 def _range_faults(config: ConfigDict) -> Iterator[str]:
-    positive = (
-        "data.batch_size",
-        "data.eval_batch_size",
-        "train.steps",
-        "train.epochs",
-        "eval.every_steps",
-        "eval.every_epochs",
-        "checkpoint.every_steps",
-        "checkpoint.every_epochs",
-        "checkpoint.keep",
-        "data.examples",
-        "data.classes",
-        "data.context",
-        "verify_resume.steps",
-        "verify_resume.kills",
-        "numerics.steps",
-        "numerics.reference_every",
-        "parity.steps",
-        "parity.every_steps",
-        "parity.bound",
-        "loss_scale.growth_interval",
-        "loss_scale.hysteresis",
-        "loss_scale.max_consecutive_skips",
-        "loss_scale.min_scale",
-        "optimizer.learning_rate",
-        "optimizer.accumulation_steps",
-        "early_stop.patience",
-        "plateau.patience",
-        "plateau.factor",
-        "devices.start_timeout",
-        "devices.port",
-    )
-    not_negative = (
-        "seed",
-        "eval.timeout",
-        "early_stop.min_delta",
-        "plateau.cooldown",
-        "plateau.min_delta",
-        "plateau.min_learning_rate",
-        "nan_guard.patience",
-        "profile.start_step",
-        "profile.steps",
-        "eval.steps",
-        "numerics.every_steps",
-        "numerics.every_epochs",
-        "schedule.warmup_steps",
-        "schedule.warmup_epochs",
-        "schedule.end_factor",
-        "checkpoint.keep_best",
-        "devices.virtual_cpus",
-        "devices.workers",
-        "optimizer.weight_decay",
-        "optimizer.clip_norm",
-        "optimizer.ema_momentum",
-    )
     values = dict(fields(config))
-    for path in positive:
+    for path in _POSITIVE:
         if values[path] is not None and not 0 < values[path] < math.inf:
             yield f"config.{path} is {values[path]}: write a number above 0"
-    for path in not_negative:
+    for path in _NOT_NEGATIVE:
         if values[path] is not None and not 0 <= values[path] < math.inf:
             yield f"config.{path} is {values[path]}: write 0 or a number above"
     for path, value in values.items():
-        if path not in positive + not_negative and isinstance(value, float) and not math.isfinite(value):
+        if path not in _POSITIVE + _NOT_NEGATIVE and isinstance(value, float) and not math.isfinite(value):
             yield f"config.{path} is {value}: write a finite number"
     for path in ("data.shape",):
         if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in values[path]):
