@@ -82,7 +82,7 @@ def test_pointer_tells_step_and_values_of_training_and_evaluation(opened):
     ]
     assert browser.run(over, "#metrics .plot svg", 0.9).splitlines()[2].endswith(", at step 100")
     assert browser.run(over, "#scales svg", 0.25).splitlines() == ["step 25", "loss scale 2,048", "1 skipped: step 25"]
-    browser.run("document.querySelector('#scales').dispatchEvent(new PointerEvent('pointerleave'))")
+    browser.run("document.querySelector('#scales .plot').dispatchEvent(new PointerEvent('pointerleave'))")
     assert browser.run("return document.querySelector('.tip').hidden")
 
 
