@@ -199,6 +199,8 @@ def _action_faults(config: ConfigDict) -> Iterator[str]:
         chosen = config[group].checkpoint
         if chosen not in ("newest", "best") and (isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 0):
             yield f"config.{group}.checkpoint is {chosen!r}: write newest, best, or the step of a checkpoint"
+    if config.export.at_end and config.export.checkpoint == "best" and not config.checkpoint.keep_best:
+        yield "config.export.checkpoint is 'best' and checkpoint.keep_best is 0, so none is rated: set that, or write newest"
     rate, floor = config.optimizer.learning_rate, config.plateau.min_learning_rate
     if config.plateau.metric and floor >= rate:
         yield (

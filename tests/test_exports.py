@@ -341,6 +341,13 @@ def test_mode_export_takes_the_checkpoint_that_is_asked_for(config, tmp_path, ca
     assert (exported["step"], exported["precision"]["exported"], exported["metrics"]) == (6, "as_trained", None)
 
 
+def test_best_checkpoint_at_the_end_is_refused_where_none_will_be_rated(config):
+    config.export.at_end, config.export.checkpoint = True, "best"
+    assert config_check.faults(config) == [
+        "config.export.checkpoint is 'best' and checkpoint.keep_best is 0, so none is rated: set that, or write newest"
+    ]
+
+
 def test_best_checkpoint_is_exported_at_the_end(config, tmp_path):
     config.checkpoint.keep_best = 1
     config.checkpoint.best_metric, config.checkpoint.best_mode = "accuracy", "max"
