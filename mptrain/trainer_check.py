@@ -8,7 +8,8 @@ import tensorflow as tf
 from mptrain import keras_compat, model_check, weight_decay
 from mptrain.errors import InputError
 from mptrain.loss_scale import LossScaleOptimizer
-from mptrain.several_optimizers import Optimizers
+from mptrain.parameter_groups import GroupedOptimizer
+from mptrain.several_optimizers import Optimizers, by_name
 
 
 def create_variables(trainer) -> None:
@@ -52,7 +53,7 @@ def optimizer(trainer, own_step: bool) -> LossScaleOptimizer | Optimizers:
         own_step: whether it has a `replica_train_step` of its own.
 
     Raises:
-        InputError: if it is not wrapped, or the step would not apply several.
+        InputError: if it is not wrapped, the step would not apply several, or nothing would heed the config's groups.
     """
     built, name = trainer.build_optimizer(), f"{type(trainer).__name__}.build_optimizer()"
     if not isinstance(built, (LossScaleOptimizer, Optimizers)):
@@ -62,6 +63,12 @@ def optimizer(trainer, own_step: bool) -> LossScaleOptimizer | Optimizers:
         )
     if isinstance(built, Optimizers) and not own_step:
         raise InputError(f"{name} returns several optimizers: override replica_train_step, which says what each one applies")
+    own = any(not isinstance(each.inner, GroupedOptimizer) for each in by_name(built).values())
+    if trainer.config.optimizer.groups and own:
+        raise InputError(
+            f"config.optimizer.groups is set, and {name} makes an optimizer of its own, which knows nothing of it: take that of"
+            " super().build_optimizer(), or leave the groups out"
+        )
     return built
 
 

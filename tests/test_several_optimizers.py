@@ -189,6 +189,14 @@ def test_several_optimizers_need_a_step_that_applies_each(config):
         WithoutStep(config)
 
 
+def test_groups_that_an_optimizer_of_ones_own_would_not_heed_are_refused(config):
+    config.optimizer.groups = ({"match": "left/", "frozen": True},)
+    with pytest.raises(
+        InputError, match=r"groups is set, and ImpatientTrainer.build_optimizer\(\) makes an optimizer of its own"
+    ):
+        ImpatientTrainer(config)
+
+
 def test_bare_optimizer_is_refused_with_what_wraps_it(config):
     class Bare(TinyTrainer):
         def build_optimizer(self):
