@@ -233,8 +233,11 @@ def record(config):
 
 def test_page_shows_every_trial_ranked_and_keeps_those_in_a_dragged_range(config, tmp_path):
     whole = record(config)
-    report.write(whole, tmp_path)
     best = report.ranked(whole)[0]
+    its_own = tmp_path / best["folder"] / "report" / "index.html"
+    its_own.parent.mkdir(parents=True)
+    its_own.touch()
+    report.write(whole, tmp_path)
     browser = Browser()
     try:
         for width, colours in ((1280, "light"), (1280, "dark"), (420, "light")):
@@ -247,6 +250,8 @@ def test_page_shows_every_trial_ranked_and_keeps_those_in_a_dragged_range(config
         assert browser.run("return document.querySelectorAll('#parallel path').length") == 12
         assert browser.run("return document.querySelectorAll('#parallel path.failed').length") == 2
         assert [int(text) for text in browser.texts("#trials tbody th")] == [t["number"] for t in report.ranked(whole)]
+        (link,) = browser.driver.find_elements("css selector", "#trials tbody a")
+        assert (link.text, link.get_attribute("href")) == (str(best["number"]), its_own.as_uri())
         assert browser.texts("#parallel .name") == ["learning_rate", "seed", "width", "name", "loss"]
         axis = browser.driver.find_elements("css selector", ".axis")[2]  # width: 16 below, 32 above
         drag = ActionChains(browser.driver).move_to_element_with_offset(axis, 0, -50).click_and_hold()

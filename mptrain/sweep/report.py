@@ -49,6 +49,9 @@ def write(record: Mapping[str, Any], folder: pathlib.Path) -> None:
         trials=trials,
         heads=heads(record),
         rows=[(trial, cells(record, trial), _values(record, trial)) for trial in trials],
+        reports={
+            trial["number"]: url for trial in trials if (home / (url := f"../{trial['folder']}/report/index.html")).exists()
+        },
         best=over[0] if over else None,
         counts={status: sum(trial["status"] == status for trial in trials) for status in ("finished", "failed")},
         lines=[f"config.{path} = {value!r}" for path, value in (over[0]["parameters"] if over else {}).items()],
