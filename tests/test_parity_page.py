@@ -207,3 +207,13 @@ def test_table_in_the_terminal_has_a_row_for_each_precision():
     assert ["mixed_float16", "0.05", "0.99", "20", "0.50", "1,024", "80"] in lines
     assert ["float32", "0.05", "0.99", "2.5", "20", "1.00", "1,024", "0"] in lines
     assert ["mixed_float16", *"––––––"] in lines
+
+
+def test_table_in_a_terminal_of_80_columns_cuts_no_name_or_number_off():
+    console = rich.console.Console(width=80, no_color=True)
+    report = parted()
+    for row in report["runs"]:
+        row["final"] = {"loss": 0.05, "generator_loss": 12345.0, "categorical_accuracy": 0.99, "perplexity": 1.234e-5}
+    with console.capture() as capture:
+        console.print(table(report))
+    assert "…" not in capture.get()

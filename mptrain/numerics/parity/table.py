@@ -17,7 +17,7 @@ def table(report: Mapping[str, Any]) -> rich.table.Table:
     made = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
     made.add_column("precision", no_wrap=True)
     for head in heads(report):
-        made.add_column(head, justify="right")
+        made.add_column(head, justify="right", overflow="fold")
     for row in report["runs"]:
         # As Text, because names of metrics may hold what rich would take for markup.
         made.add_row(*map(rich.text.Text, [row["precision"], *cells(report, row)]))
