@@ -19,7 +19,7 @@ from mptrain import config as config_lib
 from mptrain import config_check, devices, durations, loggers, runner, serving
 from mptrain.checkpoints import Checkpoints
 from mptrain.console import Console
-from mptrain.errors import InputError, RunError, StopRun, one_line
+from mptrain.errors import InputError, Interrupted, RunError, one_line
 from mptrain.run_folder import RunFolder
 
 _EVALUATED = 2  # batches
@@ -35,7 +35,7 @@ def fast_dev_run(config: ConfigDict, console: Console | None = None) -> None:
     Raises:
         InputError: if the config cannot be tried; nothing was.
         RunError: if a part failed with an error that is meant to be read; others are raised as they are.
-        StopRun: if a signal ended it.
+        Interrupted: if a signal ended it.
     """
     config_check.validate(config)
     if devices.is_multi_worker(config.devices):
@@ -47,7 +47,7 @@ def fast_dev_run(config: ConfigDict, console: Console | None = None) -> None:
         try:
             _run(_shortened(config, window), folder, quiet)
             _run(_shortened(config, 2 * window), folder, quiet)
-        except StopRun:
+        except Interrupted:
             raise
         except (InputError, RunError) as error:
             failed = _tell(folder, window, console, one_line(error))
@@ -77,7 +77,7 @@ def _shortened(config: ConfigDict, steps: int) -> ConfigDict:
 def _run(config: ConfigDict, folder: RunFolder, console: Console) -> None:
     try:
         runner.run(config, folder.path, console=console)
-    except StopRun as stop:
+    except Interrupted as stop:
         if stop.exit_status:  # else an action ended the run in good order
             raise
     gc.collect()  # the model of this run, before the next one takes as much memory

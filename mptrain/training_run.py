@@ -36,13 +36,21 @@ class TrainingRun:
         return int(self._trainer.global_step.numpy())
 
     def run(self, mode: str) -> dict[str, float]:
+        with contextlib.ExitStack() as told:
+            outputs = self._run(mode, told)
+        self._close(outputs)
+        return outputs
+
+    def _run(self, mode: str, told: contextlib.ExitStack) -> dict[str, float]:
+        """Runs a mode; until `told` ends, with all that is to be told of it, signals are the run's: a second one ends it."""
         status, reported = "failed", mode != "eval" and self._trainer.workers.is_chief
         try:
             controller = self._controller(mode)
             if mode == "eval":
                 outputs = self._evaluate(controller)
             else:
-                with self._signals, self._profile:
+                told.enter_context(self._signals)
+                with self._profile:
                     outputs = self._train(controller, evaluate=mode == "train_and_eval")
             status = "finished"
         except Interrupted as stop:
@@ -66,7 +74,6 @@ class TrainingRun:
                 self._log.close(status)
                 if reported:
                     self._write_report()
-        self._close(outputs)
         return outputs
 
     def _controller(self, mode: str) -> orbit.Controller:

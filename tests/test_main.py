@@ -137,7 +137,7 @@ def get_config():
 BAD_FILES = {
     "missing": (None, "not found"),
     "unknown field": (CHANGED.format(change="config.train.stepz = 3"), "line 6: unknown config field 'stepz': did you mean"),
-    "wrong type": (CHANGED.format(change="config.train.steps_per_loop = 'x'"), "line 6"),
+    "wrong type": (CHANGED.format(change="config.train.steps = 'x'"), "line 6"),
     "neither": (CHANGED.format(change="config.train.steps = None"), "neither is set"),
     "syntax": ("def get_config(:\n", "line 1"),
     "no get_config": ("x = 1\n", "get_config"),

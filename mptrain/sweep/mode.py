@@ -15,7 +15,7 @@ from mptrain import config as config_lib
 from mptrain import config_check, devices, durations
 from mptrain.config_text import config_text
 from mptrain.console import Console
-from mptrain.errors import InputError, RunError, StopRun
+from mptrain.errors import InputError, Interrupted, RunError
 from mptrain.run_folder import RunFolder
 from mptrain.sweep import report
 from mptrain.sweep.search import Search
@@ -38,7 +38,7 @@ def sweep(config: ConfigDict, search: Search, workdir: pathlib.Path) -> dict[str
     Raises:
         InputError: if a trial's config is wrong, or the folder holds another sweep or a run; nothing was written.
         RunError: if no trial has come to an end.
-        StopRun: if a signal ended the sweep; the trial in hand was saved.
+        Interrupted: if a signal ended the sweep; the trial in hand was saved.
     """
     folder, console = RunFolder(workdir), Console()
     if devices.is_multi_worker(config.devices):
@@ -129,7 +129,7 @@ class _Trials:
             number = signals.received or process.returncode - 128
             self._show()
             self._console.line(f"stopped; go on with the same command and --workdir={self._folder}")
-            raise StopRun("the sweep was stopped", exit_status=128 + number)
+            raise Interrupted("the sweep was stopped", exit_status=128 + number)
 
     def close(self) -> dict[str, float]:
         """Writes and shows the report of a sweep that has come to its end."""
@@ -159,7 +159,7 @@ class _Signals:
     def __call__(self, number: int, frame: object) -> None:
         self.received = number
         if self._process is None:
-            raise StopRun("the sweep was stopped between two trials", exit_status=128 + number)
+            raise Interrupted("the sweep was stopped between two trials", exit_status=128 + number)
         self._process.send_signal(number)
 
     def pass_to(self, process) -> None:
