@@ -332,6 +332,7 @@ def test_mode_export_takes_the_checkpoint_that_is_asked_for(config, tmp_path, ca
         5: f"config.export.checkpoint is 5, which is not in {tmp_path / 'checkpoints'}: write newest, best, or one of 6, 12",
         "best": f"config.export.checkpoint is 'best', and no checkpoint in {tmp_path / 'checkpoints'} is rated: train with",
     }
+    config.export.at_end = False
     for config.export.checkpoint, message in refusals.items():
         with pytest.raises(InputError, match=message):
             mptrain.run(config, tmp_path, "export")

@@ -206,7 +206,7 @@ def test_log_of_several_hundred_thousand_rows_makes_a_small_page_with_every_skip
     _, data = page_of(folder)
     assert (folder / "report" / "index.html").stat().st_size < 1_500_000
     assert max(data["metrics"][0]["series"][0]["raw"]) == 1e6
-    assert data["skipped"] == [[99_999, 99_999, 1], [199_999, 199_999, 1], [299_999, 299_999, 1]]
+    assert data["scales"][0]["skipped"] == [[99_999, 99_999, 1], [199_999, 199_999, 1], [299_999, 299_999, 1]]
 
 
 def test_links_to_the_reports_beside_it_and_to_no_other(tmp_path):
