@@ -156,7 +156,11 @@ def _exit(status: int, message: str) -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process of a saved run at once: a signal that met the interpreter's long goodbye would change the status."""
+    """Ends the process at once, without the interpreter's long goodbye.
+
+    In it a signal would change the status of a saved run, and what TensorFlow leaves of an all-reduce that another worker did
+    not come to (a thread pool that it does not close) sometimes writes a trace of its own.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -171,6 +175,9 @@ def run() -> None:
         except InputError as error:
             _exit(2, one_line(error))
         except RunError as error:
+            if is_worker():
+                print(f"mptrain: {spoken(one_line(error))}", file=sys.stderr)
+                _leave(1)
             _exit(1, one_line(error))
         except Interrupted as stop:
             _leave(stop.exit_status)

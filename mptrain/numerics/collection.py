@@ -4,12 +4,10 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from mptrain.numerics.faults import Fault, fault, first_nonfinite
+from mptrain.numerics.faults import Fault, fault
 from mptrain.numerics.places import Site
 from mptrain.numerics.probe import Probe, Sight
 from mptrain.numerics.ranges import Range
-
-__all__ = ["Collection", "Collector", "first_nonfinite"]
 
 
 @dataclasses.dataclass

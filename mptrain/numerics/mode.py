@@ -5,6 +5,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+from mptrain import config as config_lib
 from mptrain.console import Console
 from mptrain.errors import InputError
 from mptrain.numerics import report
@@ -104,7 +105,7 @@ def _judge(trainer, found: Collection, in_float16: Collection) -> _Judged:
 
 def _float16_twin(trainer, build, start: dict, console: Console):
     """Returns a trainer that does in float16 what the given one does in float32; None, and a warning, where none can."""
-    config = trainer.config.copy_and_resolve_references()
+    config = config_lib.copied(trainer.config)
     config.precision.policy = "mixed_float16"
     try:
         return _started(build(config), start)
@@ -130,7 +131,7 @@ def _advice(trainer, judged: _Judged, collector: Collector, before: dict, build,
         return None
     advice, check = Advisor(trainer, judged.layers, collector.trial(_TRIED)).advise(judged.fitting), None
     if advice:
-        config = trainer.config.copy_and_resolve_references()
+        config = config_lib.copied(trainer.config)
         advice.apply(config)
         mended = _started(build(config), start)
         collector = Collector(mended, config.numerics.reference_every)

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from mptrain import config as config_lib
 from mptrain import data, keras_compat, tensor_file
 from mptrain.errors import RunError
 from mptrain.numerics.parity.memory import peak_gpu_memory, peak_memory
@@ -102,7 +103,7 @@ def train(build: Callable, config: ConfigDict, folder: pathlib.Path, precision: 
     Returns:
         What `report.build` takes of each run; numbers may be NaN or infinite.
     """
-    config = config.copy_and_resolve_references()
+    config = config_lib.copied(config)
     config.precision.policy = precision
     start = tensor_file.read(folder / "start")
     schedule = Schedule.of(config, int(start["step"]))
