@@ -209,6 +209,24 @@ def test_bias_gradients_of_bfloat16_are_added_up_in_float32(layer):
     np.testing.assert_allclose(ours, bias_gradient(tf.float32), rtol=2.0**-7)
 
 
+@pytest.mark.parametrize("format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("shape", [(40, 8, 9, 3), (40, None, None, None), None])
+def test_bias_gradient_of_bfloat16_is_exact_in_every_layout_and_shape(format, shape):
+    gradient = np.ones([40, 8, 9, 3])
+    gradient = tf.constant(gradient if format == "NHWC" else gradient.transpose(0, 3, 1, 2), tf.bfloat16)
+    if shape and format == "NCHW":
+        shape = (shape[0], shape[3], *shape[1:3])
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.bfloat16)])
+    def bias_gradient(dy):
+        return tf.raw_ops.BiasAddGrad(out_backprop=dy, data_format=format)
+
+    with float32_kernels():
+        ours = bias_gradient(gradient)
+    assert ours.dtype == tf.bfloat16
+    assert ours.numpy().tolist() == [2880] * 3
+
+
 def test_sums_of_bfloat16_are_added_up_in_float32():
     x = tf.ones([1000, 2], tf.bfloat16)
 
