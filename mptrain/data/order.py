@@ -18,28 +18,35 @@ _SHUFFLE_ROUNDS = 8
 
 
 def training(step, places: range, *, batch_size: int, examples: int, seed: int) -> tf.Tensor:
-    """Returns the numbers of the examples at `places` of the global batch of `step`, int64 [places].
+    """Returns the numbers of the examples at `places` of the global batch of `step`, int64 [..., places].
 
     Args:
-        step: the number of the global batch, an int or an int64 scalar.
+        step: the number of the global batch, an int; or of several, int64 [...].
         places: a slice of range(batch_size), as `shard` gives it.
         batch_size: of the global batch.
         examples: how many there are.
         seed: of the order.
     """
-    position = tf.cast(step, tf.int64) * batch_size + tf.range(places.start, places.stop, dtype=tf.int64)
-    return permuted(position % examples, position // examples, seed=seed, examples=examples)
+    position = _positions(step, places, batch_size)
+    flat = tf.reshape(position, [-1])
+    order = permuted(flat % examples, flat // examples, seed=seed, examples=examples)
+    return tf.reshape(order, tf.shape(position))
 
 
 def evaluation(step, places: range, *, batch_size: int, examples: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the numbers of the examples at `places` of an evaluation batch, int64 [places], and their weights, float32.
+    """Returns the numbers of the examples at `places` of an evaluation batch, int64 [..., places], and their weights, float32.
 
     The weight is 1 for each example exactly once in an evaluation, and 0 for padding: after the last example, and at places
     past `batch_size`, which arise where the replicas cannot share it evenly.
     """
-    position = tf.cast(step, tf.int64) * batch_size + tf.range(places.start, places.stop, dtype=tf.int64)
+    position = _positions(step, places, batch_size)
     end = tf.minimum(tf.constant(examples, tf.int64), (tf.cast(step, tf.int64) + 1) * batch_size)
-    return tf.minimum(position, examples - 1), tf.cast(position < end, tf.float32)
+    return tf.minimum(position, examples - 1), tf.cast(position < end[..., None], tf.float32)
+
+
+def _positions(step, places: range, batch_size: int) -> tf.Tensor:
+    """Returns where in the stream of all examples the batch of each step lies, int64 [..., places]."""
+    return tf.cast(step, tf.int64)[..., None] * batch_size + tf.range(places.start, places.stop, dtype=tf.int64)
 
 
 def shard(batch_size: int, first: int, count: int, of: int) -> range:

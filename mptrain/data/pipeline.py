@@ -20,6 +20,7 @@ from mptrain.errors import InputError
 from mptrain.workers import Workers, local_devices
 
 _END = 2**62  # steps: without end
+_BYTES_AT_ONCE, _BATCHES_AT_ONCE = 2**20, 64  # of batches gathered together
 _ITERATOR = "iterator"  # prefix of the files in which an iterator's state is saved
 
 
@@ -84,7 +85,7 @@ class TrainingBatches:
 
     def _dataset(self, step: int) -> tf.data.Dataset:
         if self.by_number:
-            return _numbered(self._source, self._batch, step, _END)
+            return _numbered(self._source, self._batch, self._batch_size, step, _END)
         return self._source.dataset.repeat().skip(step)
 
     def of_this_worker(self, batch: dict) -> dict:
@@ -135,7 +136,7 @@ def eval_dataset(source: AnySource, *, batch_size: int, strategy: tf.distribute.
         index, weight = order.evaluation(step, places, batch_size=batch_size, examples=len(source))
         return _weighted(read(index), weight)
 
-    return _numbered(source, batch, 0, eval_steps(source, batch_size))
+    return _numbered(source, batch, batch_size, 0, eval_steps(source, batch_size))
 
 
 def per_replica(batch_size: int, strategy: tf.distribute.Strategy) -> int:
@@ -172,14 +173,35 @@ def replica_share(batch: dict, strategy: tf.distribute.Strategy) -> dict:
         return tf.nest.map_structure(share, batch)
 
 
-def _numbered(source, batch, start: int, end: int) -> tf.data.Dataset:
-    """Returns the dataset of batch(step, read) for the steps from `start` to `end`; `read` gets examples by number."""
+def _numbered(source, batch, examples: int, start: int, end: int) -> tf.data.Dataset:
+    """Returns the dataset of the batches of the steps from `start` to `end`.
+
+    Small batches in memory are gathered many at a time: to hand one on from thread to thread takes longer than to gather it.
+
+    Args:
+        source: the examples.
+        batch: batch(steps, read) -> the batches of steps, int64 [...]; `read` gets examples by their numbers.
+        examples: in a batch.
+        start: the first step.
+        end: the one behind the last.
+    """
     read = source.open()
     options = tf.data.Options()
     options.autotune.enabled = False  # holds the same thread; and there is nothing to tune
-    parallel = None if isinstance(source, Source) and source.in_memory else 2  # handing on a small batch costs more than it
     steps = tf.data.Dataset.range(start, end)
-    return steps.map(lambda step: batch(step, read), num_parallel_calls=parallel).prefetch(4).with_options(options)
+    in_memory = isinstance(source, Source) and source.in_memory
+    many = min(_BYTES_AT_ONCE // max(_bytes(source) * examples, 1), _BATCHES_AT_ONCE) if in_memory else 1
+    if many > 1:
+        batches = steps.batch(many).map(lambda steps: batch(steps, read)).prefetch(1).unbatch()
+    else:
+        parallel = None if in_memory else 2  # what only copies memory is as fast in one thread
+        batches = steps.map(lambda step: batch(step, read), num_parallel_calls=parallel).prefetch(4)
+    return batches.with_options(options)
+
+
+def _bytes(source: Source) -> int:
+    """Returns how many bytes one example takes."""
+    return sum(spec.shape.num_elements() * spec.dtype.size for spec in source.spec.values())
 
 
 def _places(batch_size: int, strategy: tf.distribute.Strategy) -> range:
