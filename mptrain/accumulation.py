@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import tensorflow as tf
 
 from mptrain import keras_compat
+from mptrain.autograph import as_written
 from mptrain.dynamic_scale import shared_scalar
 from mptrain.gradients import add_to_dense
 
@@ -43,10 +44,12 @@ class GradientSums(tf.Module):
             for path, variable in variables.items()
         }
 
+    @as_written
     def starts(self) -> tf.Tensor:
         """Whether the next step is the first of a window, bool scalar."""
         return tf.equal(self.done, 0)
 
+    @as_written
     def add(self, places: Sequence[int], gradients: Sequence) -> None:
         """Adds this replica's gradients, in float32. Where a window starts, the sums start from zero.
 
@@ -72,10 +75,12 @@ class GradientSums(tf.Module):
             before = tf.where(starts, tf.zeros_like(total), tf.convert_to_tensor(total))
             total.assign(add_to_dense(before, gradient))
 
+    @as_written
     def means(self) -> list[tf.Tensor]:
         """Returns this replica's sums divided by the length of the window, one for each of `places`."""
         return [tf.convert_to_tensor(total) / self._steps for total in self._used()]
 
+    @as_written
     def count(self) -> tf.Tensor:
         """Counts one step; returns whether it ended the window, bool scalar."""
         done = (self.done + 1) % self._steps

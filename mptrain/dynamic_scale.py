@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from mptrain.arguments import FLOAT32_MAX, check_between, check_count, check_flag, check_positive
+from mptrain.autograph import as_written
 
 
 def shared_scalar(value, dtype: tf.DType, name: str) -> tf.Variable:
@@ -70,10 +71,12 @@ class DynamicScale(tf.Module):
         """
         return tf.convert_to_tensor(self.value) if self.dynamic else tf.constant(self.initial_scale, tf.float32)
 
+    @as_written
     def multiply(self, loss: tf.Tensor) -> tf.Tensor:
         """Returns a float32 loss times the scale."""
         return loss if self._is_one else loss * self.used
 
+    @as_written
     def divide(self, values: tf.Tensor) -> tf.Tensor:
         """Returns float32 values divided by the scale."""
         return values if self._is_one else values / self.used
@@ -83,6 +86,7 @@ class DynamicScale(tf.Module):
         self.value.assign(min(max(scale, self.min_scale), self.max_scale))
         self.applied_in_a_row.assign(applied_in_a_row)
 
+    @as_written
     def adapt(self, applied: tf.Tensor) -> None:
         """Takes note of one update that was applied or skipped (a bool scalar), and moves the scale."""
         if not self.dynamic:

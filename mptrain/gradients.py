@@ -2,12 +2,16 @@
 
 import tensorflow as tf
 
+from mptrain.autograph import as_written
 
+
+@as_written
 def to_float32(gradient):
     """Returns the gradient in float32."""
     return map_values(lambda values: tf.cast(values, tf.float32), gradient)
 
 
+@as_written
 def map_values(function, gradient):
     """Returns the gradient with `function` applied to its values; None stays None."""
     if gradient is None:
@@ -17,6 +21,7 @@ def map_values(function, gradient):
     return function(gradient)
 
 
+@as_written
 def add_gradients(left, right):
     """Returns the sum of two gradients of one variable: sparse if both are."""
     if not isinstance(left, tf.IndexedSlices):
@@ -34,11 +39,13 @@ def add_to_dense(total: tf.Tensor, gradient) -> tf.Tensor:
     return total + gradient
 
 
+@as_written
 def half_sum_of_squares(gradient) -> tf.Tensor:
     """Returns half the sum of the squares of a gradient's elements; a sparse one must have each row once."""
     return tf.nn.l2_loss(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient)
 
 
+@as_written
 def with_each_row_once(gradient):
     """Returns a sparse gradient with the rows that stand several times added up; a dense one as it is.
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from mptrain import fused_updates
+from mptrain.autograph import as_written
 from mptrain.errors import InputError
 from mptrain.keras_compat import key, variables_by_path
 
@@ -65,10 +66,12 @@ class InnerOptimizer:
             self._create_slots(self.trained)
         _adapt(self.optimizer)
 
+    @as_written
     def is_frozen(self, variable) -> bool:
         """Whether a variable of `build` is one that the optimizer leaves as it is."""
         return key(variable) in self._frozen
 
+    @as_written
     def place(self, variable) -> int:
         """Returns the place of a variable among those of `build`, whichever of its wrappers it comes in.
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from mptrain import keras_compat
 from mptrain.accumulation import GradientSums, WeightAverage
 from mptrain.arguments import check_between, check_count, check_positive
+from mptrain.autograph import as_written
 from mptrain.dynamic_scale import DynamicScale, shared_scalar
 from mptrain.errors import InputError
 from mptrain.gradients import add_gradients, half_sum_of_squares, map_values, to_float32, with_each_row_once
@@ -207,6 +208,7 @@ class LossScaleOptimizer(tf.Module):
         check_same_scope(self._strategy, map(keras_compat.raw, variables), self._inner.variables.values())
         self._build(variables)
 
+    @as_written
     def get_scaled_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Returns the loss in float32, multiplied by the loss scale.
 
@@ -219,6 +221,7 @@ class LossScaleOptimizer(tf.Module):
         self._nonfinite_losses.assign_add(tf.where(finite, 0.0, 1.0), read_value=False)
         return self._scale.multiply(loss)
 
+    @as_written
     def get_unscaled_gradients(self, gradients: Iterable) -> list:
         """Returns the gradients in float32, divided by the loss scale; None and `tf.IndexedSlices` stay what they are.
 
@@ -238,6 +241,7 @@ class LossScaleOptimizer(tf.Module):
 
         return [map_values(unscale, gradient) for gradient in gradients]
 
+    @as_written
     def window_starts(self) -> tf.Tensor:
         """Whether the next step is the first of an accumulation window, bool scalar; always, without accumulation."""
         return tf.constant(True) if self._sums is None else self._sums.starts()
@@ -262,15 +266,7 @@ class LossScaleOptimizer(tf.Module):
         replica = tf.distribute.get_replica_context()
         if replica is None:
             raise RuntimeError("apply_gradients belongs into the function that strategy.run runs in each replica")
-        pairs = list(grads_and_vars)
-        if not pairs:
-            raise ValueError("there are no pairs of a gradient and a variable: give apply_gradients at least one")
-        if all(gradient is None for gradient, _ in pairs):
-            raise ValueError("every gradient is None: the loss does not depend on the trainable variables")
-        self._build_if_needed(replica, [variable for _, variable in pairs])
-        places, gradients = self._in_order_of_build(pairs)
-        if not places:
-            raise ValueError("every variable that has a gradient is frozen: leave them out of the groups that are")
+        places, gradients = self._in_order_of_build(replica, list(grads_and_vars))
         if self._sums is not None:
             self._sums.add(places, gradients)
             return merged(replica, self._end_of_window)
@@ -345,8 +341,14 @@ class LossScaleOptimizer(tf.Module):
         if self.ema_momentum is not None:
             self._average = WeightAverage(self._inner.trained, self.ema_momentum)
 
-    def _in_order_of_build(self, pairs: list) -> tuple[list[int], list]:
+    @as_written
+    def _in_order_of_build(self, replica, pairs: list) -> tuple[list[int], list]:
         """Returns the places of the variables that have gradients, ascending, and one float32 gradient for each."""
+        if not pairs:
+            raise ValueError("there are no pairs of a gradient and a variable: give apply_gradients at least one")
+        if all(gradient is None for gradient, _ in pairs):
+            raise ValueError("every gradient is None: the loss does not depend on the trainable variables")
+        self._build_if_needed(replica, [variable for _, variable in pairs])
         found = {}
         for gradient, variable in pairs:
             if self._inner.is_frozen(variable):
@@ -355,6 +357,8 @@ class LossScaleOptimizer(tf.Module):
             if gradient is not None:
                 gradient = to_float32(gradient)
                 found[place] = add_gradients(found[place], gradient) if place in found else gradient
+        if not found:
+            raise ValueError("every variable that has a gradient is frozen: leave them out of the groups that are")
         places = sorted(found)
         return places, [found[place] for place in places]
 
@@ -402,6 +406,7 @@ class LossScaleOptimizer(tf.Module):
         self._scale.adapt(applied)
         return applied
 
+    @as_written
     def _count_of_nonfinite_losses(self) -> tf.Tensor:
         count = tf.convert_to_tensor(self._nonfinite_losses)
         if tf.distribute.in_cross_replica_context():
@@ -418,6 +423,7 @@ class LossScaleOptimizer(tf.Module):
         self._inner.apply(cast, places)
 
 
+@as_written
 def _set_aside(function):
     """Returns a function that is one operation of the graph, so that a step which does not take its branch passes over one.
 

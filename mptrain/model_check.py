@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from mptrain import forward_graph, keras_compat, step_check
 from mptrain import precision as precision_lib
+from mptrain.autograph import as_written
 from mptrain.errors import InputError, one_line
 from mptrain.forward_graph import SIXTEEN_BITS, Forward
 from mptrain.layers import MixedPrecision
@@ -51,6 +52,7 @@ def forward(trainer, *, own_step: bool) -> Forward:
         raise
 
 
+@as_written
 def _check_losses(name: str, losses: tf.Tensor, outputs, examples: int) -> None:
     if losses.shape.rank is not None:
         if losses.shape[:1] != [examples]:
@@ -65,6 +67,7 @@ def _check_losses(name: str, losses: tf.Tensor, outputs, examples: int) -> None:
         raise InputError(f"{name} returns losses that do not depend on the outputs: they have no gradient")
 
 
+@as_written
 def per_example(name: str, losses) -> tf.Tensor:
     """Returns the loss of each example, float32 [examples], from what the function `name` returned.
 
@@ -87,6 +90,7 @@ def per_example(name: str, losses) -> tf.Tensor:
     return tf.reduce_mean(losses, axis=list(range(1, losses.shape.rank)))
 
 
+@as_written
 def check_is_float32(what: str, tree, remedy: str) -> None:
     """Checks that a nested structure holds no 16-bit tensor.
 

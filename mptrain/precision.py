@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from mptrain import half_kernels, keras_compat
+from mptrain.autograph import as_written
 from mptrain.config import PRECISIONS
 from mptrain.errors import InputError
 from mptrain.hardware import Hardware, hardware
@@ -43,14 +44,17 @@ class Precision:
     reason: str = "as configured"
     float32_layers: tuple[str, ...] = ()
 
+    @as_written
     def cast_to_compute(self, tree):
         """Casts the floating tensors of a nested structure to the compute dtype; others pass as they are."""
         return _cast_floating(tree, self.compute_dtype)
 
+    @as_written
     def cast_to_param(self, tree):
         """Casts the floating tensors of a nested structure to the parameters' dtype, float32."""
         return _cast_floating(tree, self.compute_dtype and tf.float32)
 
+    @as_written
     def cast_to_output(self, tree):
         """Casts the floating tensors of a nested structure to float32, in which loss and metrics are computed."""
         return _cast_floating(tree, self.compute_dtype and tf.float32)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from mptrain import keras_compat
+from mptrain.autograph import as_written
 
 
 class StepRandomness(tf.Module):
@@ -35,6 +36,7 @@ class StepRandomness(tf.Module):
             aggregation=tf.VariableAggregation.SUM,
         )
 
+    @as_written
     def begin_step(self) -> None:
         """Starts the numbering of draws afresh; called where a replica's step begins."""
         self._draws.assign(0)
@@ -47,6 +49,7 @@ class StepRandomness(tf.Module):
         """
         return self._folded(stream, tf.distribute.get_replica_context().replica_id_in_sync_group)
 
+    @as_written
     def per_example(self, count: int) -> tf.Tensor:
         """Returns random numbers for each example of this replica's batch, float32 in [0, 1), [replica batch, count].
 

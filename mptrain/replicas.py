@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
+from mptrain.autograph import as_written
 from mptrain.errors import InputError
 
 _SUPPORTED = (
@@ -45,6 +46,7 @@ def check_same_scope(maker: tf.distribute.Strategy, variables: Iterable[tf.Varia
         )
 
 
+@as_written
 def sum_over_replicas(replica: tf.distribute.ReplicaContext, gradients: list) -> list:
     """Returns the gradients summed over the replicas: one all-reduce of all of them."""
     if replica.num_replicas_in_sync == 1:

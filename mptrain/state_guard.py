@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import tensorflow as tf
 
 from mptrain import keras_compat
+from mptrain.autograph import as_written
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.several_optimizers import Optimizers
 
@@ -43,6 +44,14 @@ class StateGuard(tf.Module):
         Args:
             step: returns whether nothing was skipped, a bool scalar; with several optimizers {name: bool scalar}.
         """
+        before, own = self._before()
+        applied = step()
+        self._after(applied, before, own)
+        return applied
+
+    @as_written
+    def _before(self) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """Returns what all variables go back to where a step is skipped, and what this replica's statistics are now."""
         variables = self._statistics + self._local
         before = [tf.identity(variable) for variable in variables]
         if self._saved:
@@ -50,8 +59,12 @@ class StateGuard(tf.Module):
             for index, saved in enumerate(self._saved):
                 before[index] = tf.where(starts, before[index], tf.convert_to_tensor(saved))
                 saved.assign(before[index])
-        own = [tf.identity(variable) for variable in self._statistics]
-        applied = step()
+        return before, [tf.identity(variable) for variable in self._statistics]
+
+    @as_written
+    def _after(self, applied: tf.Tensor | Mapping[str, tf.Tensor], before: list[tf.Tensor], own: list[tf.Tensor]) -> None:
+        """Averages the statistics over the replicas, and puts back what belongs to an optimizer that skipped."""
+        variables = self._statistics + self._local
         verdicts = applied if isinstance(applied, Mapping) else {}
         everything = tf.reduce_all(list(verdicts.values())) if verdicts else applied
         shared = len(self._statistics) if _is_distributed(self._statistics) else 0
@@ -61,7 +74,6 @@ class StateGuard(tf.Module):
         for owner in dict.fromkeys(self._owners[shared:]):
             places = [place for place in range(shared, len(variables)) if self._owners[place] == owner]
             _restore_unless(verdicts.get(owner, everything), [(variables[place], before[place]) for place in places])
-        return applied
 
 
 def _restore_unless(applied: tf.Tensor, pairs: list[tuple[tf.Variable, tf.Tensor]]) -> None:

@@ -18,6 +18,7 @@ import tensorflow as tf
 import tf_keras
 
 from mptrain import keras_compat
+from mptrain.autograph import as_written
 from mptrain.errors import InputError
 
 _ONCE = "once, while the step is traced, and never again"
@@ -95,6 +96,7 @@ _TOLD = (
 )
 
 
+@as_written
 def applied(name: str, returned, optimizers: Iterable[str]) -> tf.Tensor | bool | Mapping[str, tf.Tensor]:
     """Returns what a train step returned.
 

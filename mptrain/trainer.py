@@ -27,6 +27,7 @@ from mptrain import (
     trainer_check,
     workers_check,
 )
+from mptrain.autograph import as_written
 from mptrain.errors import InputError
 from mptrain.eval_loop import EvalLoop
 from mptrain.loss_scale import LossScaleOptimizer
@@ -264,6 +265,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     # What a researcher calls.
 
+    @as_written
     def reduce_loss(self, losses: tf.Tensor) -> tf.Tensor:
         """Returns this replica's share of the mean loss over the *global* batch, float32 scalar.
 
@@ -272,6 +274,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         """
         return tf.reduce_sum(self._per_example(losses)) / self.config.data.batch_size
 
+    @as_written
     def regularization_loss(self) -> tf.Tensor:
         """Returns this replica's share of what the model's regularizers and `add_loss` ask for, float32 scalar; or 0."""
         losses = getattr(self.model, "losses", None) or [0.0]
@@ -401,6 +404,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
         with step_check.watching(self, "replica_eval_step"):
             self.replica_eval_step(batch)
 
+    @as_written
     def _per_example(self, losses: tf.Tensor) -> tf.Tensor:
         return model_check.per_example(f"{type(self).__name__}.compute_loss()", losses)
 

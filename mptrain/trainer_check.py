@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from mptrain import keras_compat, model_check, weight_decay
+from mptrain.autograph import as_written
 from mptrain.errors import InputError
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.parameter_groups import GroupedOptimizer
@@ -72,6 +73,7 @@ def optimizer(trainer, own_step: bool) -> LossScaleOptimizer | Optimizers:
     return built
 
 
+@as_written
 def check_scaled_loss(trainer, loss: tf.Tensor) -> None:
     """Checks the loss that a step of the researcher's own scales.
 

@@ -12,11 +12,14 @@ import math
 
 import tensorflow as tf
 
+from mptrain.autograph import as_written
+
 # Of the block cipher behind the permutation. TensorFlow's own default, 4, leaves every second of 100 examples in its place;
 # with 8 no bias is left from 4 examples to 60,000 (`tests/test_data_order.py`).
 _SHUFFLE_ROUNDS = 8
 
 
+@as_written
 def training(step, places: range, *, batch_size: int, examples: int, seed: int) -> tf.Tensor:
     """Returns the numbers of the examples at `places` of the global batch of `step`, int64 [..., places].
 
@@ -33,6 +36,7 @@ def training(step, places: range, *, batch_size: int, examples: int, seed: int) 
     return tf.reshape(order, tf.shape(position))
 
 
+@as_written
 def evaluation(step, places: range, *, batch_size: int, examples: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the numbers of the examples at `places` of an evaluation batch, int64 [..., places], and their weights, float32.
 
@@ -62,6 +66,7 @@ def shard(batch_size: int, first: int, count: int, of: int) -> range:
     return range(first * share, (first + count) * share)
 
 
+@as_written
 def permuted(index: tf.Tensor, epoch: tf.Tensor, *, seed: int, examples: int) -> tf.Tensor:
     """Returns where the epoch's permutation of range(examples) sends each index, int64 [n].
 

@@ -14,6 +14,7 @@ import tempfile
 
 import tensorflow as tf
 
+from mptrain.autograph import as_written
 from mptrain.data import order
 from mptrain.data.sources import AnySource, DatasetSource, Source, eval_steps
 from mptrain.errors import InputError
@@ -88,6 +89,7 @@ class TrainingBatches:
             return _numbered(self._source, self._batch, self._batch_size, step, _END)
         return self._source.dataset.repeat().skip(step)
 
+    @as_written
     def of_this_worker(self, batch: dict) -> dict:
         """Returns this worker's share of what the iterator yields; in the graph.
 
@@ -155,6 +157,7 @@ def per_replica(batch_size: int, strategy: tf.distribute.Strategy) -> int:
     return batch_size // replicas
 
 
+@as_written
 def replica_share(batch: dict, strategy: tf.distribute.Strategy) -> dict:
     """Returns this replica's share of its worker's batch; in a replica.
 
@@ -191,11 +194,15 @@ def _numbered(source, batch, examples: int, start: int, end: int) -> tf.data.Dat
     steps = tf.data.Dataset.range(start, end)
     in_memory = isinstance(source, Source) and source.in_memory
     many = min(_BYTES_AT_ONCE // max(_bytes(source) * examples, 1), _BATCHES_AT_ONCE) if in_memory else 1
+
+    def gathered(step):
+        return batch(step, read)
+
     if many > 1:
-        batches = steps.batch(many).map(lambda steps: batch(steps, read)).prefetch(1).unbatch()
+        batches = steps.batch(many).map(gathered).prefetch(1).unbatch()
     else:
         parallel = None if in_memory else 2  # what only copies memory is as fast in one thread
-        batches = steps.map(lambda step: batch(step, read), num_parallel_calls=parallel).prefetch(4)
+        batches = steps.map(gathered, num_parallel_calls=parallel).prefetch(4)
     return batches.with_options(options)
 
 
@@ -204,6 +211,7 @@ def _bytes(source: Source) -> int:
     return sum(spec.shape.num_elements() * spec.dtype.size for spec in source.spec.values())
 
 
+@as_written
 def _places(batch_size: int, strategy: tf.distribute.Strategy) -> range:
     """Returns which places of the global batch belong to the replicas of this worker."""
     workers = Workers(strategy)
@@ -212,6 +220,7 @@ def _places(batch_size: int, strategy: tf.distribute.Strategy) -> range:
     )
 
 
+@as_written
 def _padded(batch: dict, places: range, batch_size: int) -> dict:
     """Returns the places of a batch that may have fewer examples than `batch_size`, with their weights."""
     count = tf.shape(next(iter(batch.values())))[0]
@@ -223,6 +232,7 @@ def _padded(batch: dict, places: range, batch_size: int) -> dict:
     return _weighted(rows, tf.cast(index < count, tf.float32))
 
 
+@as_written
 def _weighted(rows: dict, weight: tf.Tensor) -> dict:
     """Returns the rows with their weights, which are also those that the examples bring, where they do."""
     own = tf.cast(rows["weight"], tf.float32) if "weight" in rows else 1.0
