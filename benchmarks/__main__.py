@@ -1,10 +1,13 @@
-"""Runs all comparisons and writes benchmarks/RESULTS.md (and results.json beside it, with every turn).
+"""Runs all comparisons and writes benchmarks/RESULTS.md (and RESULTS.json beside it, with every turn).
 
     python -m benchmarks [--quick] [--works mlp cnn] [--precisions float32] [--contestants hand mptrain] [--out=FILE]
+    python -m benchmarks --parts start growth
 
-Takes about 35 minutes on two idle cores, with --quick about five (float32 and mixed_float16, two works, no Orbit and no
-PyTorch). Runs unattended: what fails or is not installed says so in its row, and after the time that
---minutes gives, no further case is begun. The exit status is 1 where two contestants did not compute the same.
+Measures mptrain beside its peers, then start and memory, growth, a long run and the fidelity of float16, each of which is
+also a command of its own (see `document.py`). Takes about 55 minutes on two idle cores, with --quick about six (float32 and
+mixed_float16, two works, no Orbit and no PyTorch). Runs unattended: what fails or is not installed says so in its row, and
+after the time that --minutes gives, no further case is begun. The exit status is 1 where two contestants did not compute the
+same.
 """
 
 import argparse
@@ -24,6 +27,8 @@ import numpy as np
 
 from benchmarks import frame, machine, report, targets, works
 from benchmarks.contestants import PEERS, SCALERS
+from benchmarks.document import COMMANDS, PARTS, TARGETS, TIMES, WHY, Document, measured
+from benchmarks.document import run as run_part
 
 HERE = pathlib.Path(__file__).parent
 ROUNDS = 10  # after the warm-up
@@ -38,16 +43,6 @@ QUICK = {
 SLOW_TURNS = (1,) * (frame.WARM_UP + 2)
 SLOW = {("cnn", "mixed_float16"): ("keras", "keras_tuned", "tf_keras", "orbit")}
 TOO_SLOW = {(work, "mixed_float16"): SLOW["cnn", "mixed_float16"] for work in ("resnet", "transformer")}
-ELSEWHERE = {
-    "python benchmarks/mnist.py": "whole runs of the MNIST config, from start to exit, with their accuracy",
-    "python -m benchmarks.scaling": "step time under tf.distribute",
-    "python benchmarks/data.py": "seeking in the data",
-    "python benchmarks/checkpoints.py": "saving and restoring",
-    "python -m benchmarks.numerics": "looking at a run's numbers",
-    "python -m benchmarks.kills": "exact resume after a hundred kills",
-    "python -m benchmarks.gpu": "the same table on a GPU, with a ResNet-50 and a transformer of 100 million parameters",
-    "python -m benchmarks.fidelity": "whether fast float16 on a CPU is float16",
-}
 
 
 class Run:
@@ -104,21 +99,33 @@ def profiles(run: Run) -> list[str]:
     return lines
 
 
-def write(run: Run, load_before: str, minutes: float) -> None:
-    """Writes the report and the raw turns."""
-    lines = ["# Results", "", f"`python -m benchmarks{' --quick' if run.options.quick else ''}`, in {minutes:.0f} minutes.", ""]
-    lines += [*machine.description(), f"- load average before {load_before}, after {machine.load()}", ""]
-    if float(load_before) > 0.5:
-        lines += ["**The machine was not idle when this began: what follows is to be measured again.**", ""]
-    lines += ["## Targets", "", *report.target_table(run.results)]
-    if found := profiles(run):
-        lines += ["## Why targets were missed", "", *found]
-    lines += ["## Times", "", "Medians over turns, and ratios of neighbouring turns; see `frame.py`.", "", *run.tables]
-    lines += ["## Other benchmarks", "", *(f"- `{command}`: {what}" for command, what in ELSEWHERE.items()), ""]
-    lines += ["<details><summary>The processor's flags</summary>", "", machine.cpu_flags(), "", "</details>", ""]
-    run.options.out.write_text("\n".join(lines))
+def write(run: Run, document: Document, load: str, minutes: float) -> None:
+    """Writes the sections of the comparison, and the raw turns beside them."""
+    command = ["benchmarks", *(["--quick"] if run.options.quick else [])]
+    document.put(TARGETS, [measured(command, load), f"It took {minutes:.0f} minutes.", "", *report.target_table(run.results)])
+    document.put(WHY, profiles(run))
+    document.put(TIMES, ["Medians over turns, and ratios of neighbouring turns; see `frame.py`.", "", *run.tables])
     turns = {"/".join(key): [dataclasses.asdict(turn) for turn in value] for key, value in run.results.items()}
     run.options.out.with_suffix(".json").write_text(json.dumps(turns))
+
+
+def compare(options: argparse.Namespace, document: Document) -> list[str]:
+    """Measures mptrain beside its peers; returns who did not compute the same."""
+    chosen = (
+        QUICK if options.quick else {"works": list(works.WORKS), "precisions": list(works.PRECISIONS), "contestants": PEERS}
+    )
+    names = tuple(options.contestants or chosen["contestants"])
+    start, load = time.monotonic(), machine.load()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(options, folder)
+        for name in options.works or chosen["works"]:
+            work = works.WORKS[name].tiny() if options.tiny else works.WORKS[name]
+            reference = "hand" if "hand" in names else names[0]
+            run.work(work, names, options.precisions or chosen["precisions"], reference, "")
+            if name == "cnn" and not options.contestants:
+                run.work(work, SCALERS, ["float32"], "unscaled", ": loss scaling alone")
+        write(run, document, load, (time.monotonic() - start) / 60)
+    return run.differing
 
 
 def main() -> None:
@@ -130,23 +137,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=35.0, help="after which no further case is begun")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "RESULTS.md")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # the smallest sizes, for tests
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure anew; all others are kept")
     options = parser.parse_args()
-    chosen = (
-        QUICK if options.quick else {"works": list(works.WORKS), "precisions": list(works.PRECISIONS), "contestants": PEERS}
-    )
-    names = tuple(options.contestants or chosen["contestants"])
-    start, load_before = time.monotonic(), machine.load()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(options, folder)
-        for name in options.works or chosen["works"]:
-            work = works.WORKS[name].tiny() if options.tiny else works.WORKS[name]
-            reference = "hand" if "hand" in names else names[0]
-            run.work(work, names, options.precisions or chosen["precisions"], reference, "")
-            if name == "cnn" and not options.contestants:
-                run.work(work, SCALERS, ["float32"], "unscaled", ": loss scaling alone")
-        write(run, load_before, (time.monotonic() - start) / 60)
-    if run.differing:
-        sys.exit(f"not the same losses: {'; '.join(run.differing)}")
+    document = Document(options.out)
+    differing = compare(options, document) if "peers" in options.parts else []
+    for part, (heading, _, _) in COMMANDS.items():
+        if part in options.parts:
+            print(f"{heading}: {' '.join(COMMANDS[part][1])}", flush=True)
+            document.put(heading, run_part(part, options.quick))
+    if differing:
+        sys.exit(f"not the same losses: {'; '.join(differing)}")
 
 
 if __name__ == "__main__":

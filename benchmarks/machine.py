@@ -1,6 +1,5 @@
 """What a benchmark ran on: processor, memory, versions, and how busy the machine was."""
 
-import datetime
 import importlib.metadata
 import os
 import pathlib
@@ -21,7 +20,6 @@ def description() -> list[str]:
         f"- {', '.join(map(str, here.gpus)) or 'no GPU'}",
         f"- {memory:.0f} GiB of memory; {platform.platform()}",
         f"- Python {platform.python_version()}, {versions}{_torch_versions()}",
-        f"- {datetime.date.today().isoformat()}",
     ]
 
 

@@ -11,8 +11,10 @@ import pytest
 import tensorflow as tf
 
 from mptrain import default_config, devices
+from tests import prepared
 
 ROOT = pathlib.Path(__file__).parent.parent
+COMMAND_ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
@@ -61,13 +63,23 @@ def command():
     """Runs `python -m mptrain.main` with the given flags in the repository's root; returns the finished process."""
 
     def run(*flags, **options):
+        return prepared.run("mptrain.main", *flags, env=COMMAND_ENVIRONMENT, **options)
+
+    return run
+
+
+@pytest.fixture
+def fresh_command():
+    """Like `command`, in a process that was not forked from any: it imports TensorFlow itself."""
+
+    def run(*flags, **options):
         return subprocess.run(
             [sys.executable, "-m", "mptrain.main", *flags],
-            cwd=options.pop("cwd", ROOT),
+            cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=300,
-            env={**os.environ, "COLUMNS": "120"},
+            env=COMMAND_ENVIRONMENT,
             **options,
         )
 

@@ -2,16 +2,14 @@
 
 import ctypes
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 
 from mptrain import verify_resume
 from mptrain.checkpoints import Checkpoints
-from tests.conftest import ROOT
+from tests import prepared
+from tests.conftest import COMMAND_ENVIRONMENT
 
 
 def tiny_config():
@@ -45,14 +43,8 @@ def assert_same_checkpoint(left, right, step):
 
 def launch(tiny, workdir, *flags):
     """Starts a run and returns its process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "mptrain.main", f"--config={tiny}", f"--workdir={workdir}", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "120"},
-    )
+    flags = [f"--config={tiny}", f"--workdir={workdir}", *flags]
+    return prepared.Process("mptrain.main", *flags, env=COMMAND_ENVIRONMENT)
 
 
 def start(tiny, workdir, *flags):

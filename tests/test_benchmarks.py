@@ -22,7 +22,20 @@ def turns(*milliseconds: float, loss: float = 1.0) -> list[frame.Turn]:
 
 def test_the_comparison_measures_the_same_work_and_writes_its_report(tmp_path):
     out = tmp_path / "results.md"
-    flags = ("--tiny", "--quick", "--works", "mlp", "--precisions", "float32", "--contestants", "hand", "mptrain", "tf_keras")
+    flags = (
+        "--tiny",
+        "--quick",
+        "--parts",
+        "peers",
+        "--works",
+        "mlp",
+        "--precisions",
+        "float32",
+        "--contestants",
+        "hand",
+        "mptrain",
+        "tf_keras",
+    )
     finished = run("", *flags, f"--out={out}")
     assert finished.returncode == 0, finished.stderr
     report = out.read_text()

@@ -87,7 +87,7 @@ def test_follower_evaluates_each_checkpoint_of_a_training_process_once_and_ends_
 @pytest.mark.slow
 def test_ctrl_c_ends_a_follower_that_waits_and_leaves_nothing(tiny, tmp_path):
     follower = launch(tiny, tmp_path / "run", "--mode=continuous_eval")
-    while "waiting for the first checkpoint" not in follower.stdout.readline():
+    while "waiting for the first checkpoint" not in follower.output():
         assert follower.poll() is None
     follower.send_signal(signal.SIGINT)
     _, stderr = follower.communicate(timeout=60)

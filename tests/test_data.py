@@ -82,6 +82,19 @@ def test_replicas_share_a_batch_evenly_with_static_shapes(mirrored):
     np.testing.assert_array_equal(np.concatenate([part.numpy() for part in shares(batch)]), batch["inputs"].numpy())
 
 
+@pytest.mark.parametrize("examples", [100, 7])
+def test_batches_gathered_many_at_a_time_are_those_gathered_one_by_one(mirrored, monkeypatch, examples):
+    source, strategy = Source({"inputs": np.arange(2 * examples).reshape(-1, 2), "targets": np.arange(examples)}), mirrored(1)
+    together = drawn(source, strategy, batch_size=8, start=5, steps=150)
+    evaluated = list(eval_dataset(source, batch_size=8, strategy=strategy).as_numpy_iterator())
+    monkeypatch.setattr("mptrain.data.pipeline._BYTES_AT_ONCE", 0)
+    np.testing.assert_array_equal(together, drawn(source, strategy, batch_size=8, start=5, steps=150))
+    alone = list(eval_dataset(source, batch_size=8, strategy=strategy).as_numpy_iterator())
+    assert len(evaluated) == len(alone)
+    for one, other in zip(evaluated, alone, strict=True):
+        tf.nest.map_structure(np.testing.assert_array_equal, one, other)
+
+
 def test_arrays_of_different_lengths_are_refused():
     with pytest.raises(InputError, match="same number"):
         Source({"inputs": np.zeros(3), "targets": np.zeros(2)})

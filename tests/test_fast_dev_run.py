@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -11,7 +9,7 @@ import pytest
 
 from mptrain import InputError, RunError
 from mptrain.fast_dev_run import fast_dev_run
-from tests.conftest import ROOT
+from tests import prepared
 from tests.trainers import TinyTrainer
 
 PARTS = ["build", "train", "save", "evaluate", "restore", "go on", "export"]
@@ -125,14 +123,8 @@ def test_command_leaves_the_workdir_alone_and_refuses_a_mode(command, tiny, tmp_
 def test_signal_leaves_nothing_behind(tiny, tmp_path, number, status, trained):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mptrain.main", f"--config={tiny}", "--fast_dev_run"],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(temporary)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = ["mptrain.main", f"--config={tiny}", "--fast_dev_run"]
+    process = prepared.Process(*arguments, env={**os.environ, "TMPDIR": str(temporary)})
     pattern = "*/run/checkpoints/*" if trained else "mptrain-fast_dev_run-*"
     while not list(temporary.glob(pattern)) and process.poll() is None:
         time.sleep(0.005)

@@ -12,8 +12,8 @@ from tests.runs import assert_refused, mostly_slow, rows
     "precision",
     ["mixed_float16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixed_bfloat16", "float32"))],
 )
-def test_main_job_learns_mnist_in_a_few_steps(command, tmp_path, precision):
-    finished = command(
+def test_main_job_learns_mnist_in_a_few_steps(fresh_command, tmp_path, precision):
+    finished = fresh_command(
         "--config=configs/mnist.py",
         "--config.train.steps=60",
         f"--config.precision.policy={precision}",
@@ -47,8 +47,8 @@ def test_run_folder_holds_what_the_design_promises(command, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_line_appears_once_and_tensorflow_is_silent(command, tiny, tmp_path):
-    finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
+def test_every_line_appears_once_and_tensorflow_is_silent(fresh_command, tiny, tmp_path):
+    finished = fresh_command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
     lines = [line for line in (finished.stdout + finished.stderr).splitlines() if line.strip()]
     assert len(lines) == len(set(lines))
     for noise in ("oneDNN", "cuda", "CUDA", "rebuild TensorFlow", "WARNING", "| step:", "steps/sec"):
@@ -56,8 +56,8 @@ def test_every_line_appears_once_and_tensorflow_is_silent(command, tiny, tmp_pat
 
 
 @pytest.mark.slow
-def test_verbosity_1_brings_the_logs_back(command, tiny, tmp_path):
-    finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--verbosity=1")
+def test_verbosity_1_brings_the_logs_back(fresh_command, tiny, tmp_path):
+    finished = fresh_command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--verbosity=1")
     assert "train | step:" in finished.stderr
 
 

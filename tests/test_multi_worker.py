@@ -6,14 +6,12 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
 from mptrain.checkpoints import Checkpoints
-from tests.conftest import ROOT
+from tests import prepared
 from tests.runs import assert_same_checkpoint, rows
 
 
@@ -36,12 +34,8 @@ def workers(count, module, *arguments, only=None, own=(), other_modules=(), envi
     cluster = {"worker": [f"{host}:{port}" for port in free_ports(count)]}
     modules = dict(other_modules)
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", modules.get(index, module), *arguments, *dict(own).get(index, ())],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        prepared.Process(
+            *(modules.get(index, module), *arguments, *dict(own).get(index, ())),
             env={
                 **os.environ,
                 **dict(environment),
@@ -215,9 +209,10 @@ def test_chief_that_dies_while_tensorflow_connects_the_workers_ends_them_in_one_
     assert "Traceback" not in stderr
 
 
-def waiting(process):
-    """Reads what a process writes until it says that it waits; returns the lines before."""
-    return list(iter(process.stderr.readline, "waiting\n"))
+def wait_until_waiting(process):
+    """Returns when the process has said that it waits."""
+    while "waiting\n" not in process.errors() and process.poll() is None:
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -225,7 +220,7 @@ def test_sigterm_ends_a_worker_while_it_builds_its_model(tiny, tmp_path):
     arguments = [*flags(tiny, tmp_path / "run"), "--config.trainer=tests.waiting_trainer.WaitingTrainer"]
     with workers(2, *arguments, environment={"WAIT_IN": "build"}) as processes:
         for process in processes:
-            waiting(process)
+            wait_until_waiting(process)
         processes[1].send_signal(signal.SIGTERM)
         _, stderr = processes[1].communicate(timeout=30)
         assert "mptrain: worker 1 of 2: terminated\n" in stderr
@@ -239,7 +234,7 @@ def test_sigterm_ends_a_worker_that_evaluates(tiny, tmp_path):
         assert [status for status, _, _ in ended(processes)] == [0, 0]
     with workers(2, *arguments, "--mode=eval", "--config.train.steps=20", environment={"WAIT_IN": "eval"}) as processes:
         for process in processes:
-            waiting(process)
+            wait_until_waiting(process)
         processes[0].send_signal(signal.SIGTERM)
         _, stderr = processes[0].communicate(timeout=30)
         assert "mptrain: worker 0 of 2: terminated\n" in stderr

@@ -73,14 +73,14 @@ def test_file_in_the_place_of_a_folder_is_one_line(config, finished):
 
 
 @pytest.mark.slow
-def test_evaluation_of_a_folder_that_cannot_be_written_is_printed_and_changes_nothing(command, tiny, tmp_path):
+def test_evaluation_of_a_folder_that_cannot_be_written_is_printed_and_changes_nothing(command, fresh_command, tiny, tmp_path):
     run, flags = tmp_path / "run", [f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=20"]
     command(*flags)
     before, folders = content(run), [run, *(path for path in run.rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
-    evaluated = command(*flags, "--mode=eval", preexec_fn=without_root)
-    refused = command(*flags, preexec_fn=without_root)
+    evaluated = fresh_command(*flags, "--mode=eval", preexec_fn=without_root)
+    refused = fresh_command(*flags, preexec_fn=without_root)
     for folder in folders:
         folder.chmod(0o755)
     assert evaluated.returncode == 0, evaluated.stderr
@@ -93,7 +93,7 @@ def test_evaluation_of_a_folder_that_cannot_be_written_is_printed_and_changes_no
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), [("checkpoints", 0o000), ("checkpoints", 0o555), ("train", 0o555), ("eval", 0o000)])
-def test_folder_without_permission_ends_the_run_with_one_line(command, tiny, tmp_path, name, mode):
+def test_folder_without_permission_ends_the_run_with_one_line(command, fresh_command, tiny, tmp_path, name, mode):
     run, flags = tmp_path / "run", [f"--config={tiny}", f"--workdir={tmp_path / 'run'}"]
     command(*flags, "--config.train.steps=20")
     before = content(run)
@@ -101,7 +101,7 @@ def test_folder_without_permission_ends_the_run_with_one_line(command, tiny, tmp
     if mode == 0o555 and name == "checkpoints":
         newest.write_bytes(b"")  # so that it is put aside, which needs the right to rename it
     (run / name).chmod(mode)
-    finished = command(*flags, "--config.train.steps=60", preexec_fn=without_root)
+    finished = fresh_command(*flags, "--config.train.steps=60", preexec_fn=without_root)
     (run / name).chmod(0o755)
     assert finished.returncode == 1, finished.stderr
     assert "Traceback" not in finished.stderr
