@@ -6,6 +6,8 @@ Prints memory as the steps go by, and ends with status 1 if the second half of t
 """
 
 # ruff: noqa: E402
+import contextlib
+import io
 import os
 import pathlib
 import sys
@@ -43,7 +45,7 @@ def main(steps: int) -> None:
     config.data.batch_size = 32
     config.train.steps, config.train.steps_per_loop = steps, max(steps // 500, 1)
     config.eval.every_steps = config.checkpoint.every_steps = max(steps // 20, 1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         mptrain.run(config, folder)
     found = leak.samples
     print("| step | resident memory, MiB |\n|---|---|")

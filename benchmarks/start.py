@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 ROOT = pathlib.Path(__file__).parent.parent
 COMMANDS = {
     "by hand": ["-m", "benchmarks.by_hand"],

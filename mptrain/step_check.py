@@ -97,7 +97,7 @@ _TOLD = (
 
 
 @as_written
-def applied(name: str, returned, optimizers: Iterable[str]) -> tf.Tensor | bool | Mapping[str, tf.Tensor]:
+def applied(name: str, returned, optimizers: Iterable[str]) -> tf.Tensor | Mapping[str, tf.Tensor]:
     """Returns what a train step returned.
 
     Args:
@@ -119,11 +119,13 @@ def applied(name: str, returned, optimizers: Iterable[str]) -> tf.Tensor | bool 
     return {each: _one_applied(f"{name}[{each!r}]", value) for each, value in returned.items()}
 
 
-def _one_applied(name: str, returned) -> tf.Tensor | bool:
+def _one_applied(name: str, returned) -> tf.Tensor:
     end = "end it with `return applied`, what optimizer.apply_gradients() returned"
     if returned is None:
         raise InputError(f"{name} returns nothing: {end}")
-    if isinstance(returned, bool) or tf.is_tensor(returned) and returned.dtype == tf.bool and returned.shape.rank == 0:
+    if isinstance(returned, bool):
+        return tf.constant(returned)
+    if tf.is_tensor(returned) and returned.dtype == tf.bool and returned.shape.rank == 0:
         return returned
     what = f"{returned.dtype.name} {returned.shape}" if tf.is_tensor(returned) else f"a {type(returned).__name__}"
     raise InputError(f"{name} returns {what}: {end}")

@@ -170,6 +170,7 @@ def save_and_restore(how, folder, strategy, first, second):
             tf.train.Checkpoint(optimizer=second[0], variable=second[1]).restore(path).assert_consumed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["state", "tf.train.Checkpoint"])
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_window_in_progress_is_saved_and_goes_on(mirrored, tmp_path, replicas, how):
@@ -191,6 +192,7 @@ def test_window_in_progress_is_saved_and_goes_on(mirrored, tmp_path, replicas, h
     assert int(straight[0].applied_steps) == int(restored[0].applied_steps) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["state", "tf.train.Checkpoint"])
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_loss_that_was_not_finite_is_still_the_cause_after_its_window_was_restored(mirrored, tmp_path, replicas, how):

@@ -199,6 +199,7 @@ def test_what_is_no_length_of_time_is_refused(config, text):
         config_check.validate(config)
 
 
+@pytest.mark.slow
 def test_time_limit_saves_and_ends_in_good_order_and_the_next_command_goes_on(config, tmp_path, capsys):
     config.trainer = "tests.trainers.ModuleTrainer"
     config.eval.every_steps = 10**6

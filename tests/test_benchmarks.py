@@ -20,6 +20,7 @@ def turns(*milliseconds: float, loss: float = 1.0) -> list[frame.Turn]:
     return [frame.Turn(10, each / 100, each / 100, loss) for each in milliseconds]
 
 
+@pytest.mark.slow
 def test_the_comparison_measures_the_same_work_and_writes_its_report(tmp_path):
     out = tmp_path / "results.md"
     flags = (
@@ -115,6 +116,7 @@ def test_fast_float16_is_float16():
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["2 replicas", pytest.param("2 workers", marks=pytest.mark.slow)])
 def test_scaling_prints_times_and_ratios_of_the_three(setting):
     command = [sys.executable, "-m", "benchmarks.scaling", "--steps=2", "--rounds=1", "--settings", setting]

@@ -181,6 +181,7 @@ def test_kubernetes_pods_are_taken_by_their_own_addresses_in_the_order_of_their_
     assert _KubernetesServer.asked[0].startswith("/api/v1/namespaces/research/pods?labelSelector=job-name")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["Pending", "Running", None])  # the running one has no address yet
 def test_kubernetes_pods_that_do_not_come_are_told_after_the_stated_time(kubernetes_server, phase):
     _KubernetesServer.pods = [("a", "Running", "127.0.0.1")] + ([("b", phase, None)] if phase else [])

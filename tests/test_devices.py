@@ -81,6 +81,7 @@ def test_tpu_that_is_not_there_says_what_was_looked_for(here):
         devices.strategy(here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["no-such-tpu", "grpc://127.0.0.1:1", "local"])
 def test_tpu_that_does_not_answer_is_one_line(name):
     code = (

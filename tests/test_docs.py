@@ -79,6 +79,7 @@ def test_two_workers_by_hand_train(tmp_path):
     assert "eval  step 20" in finished.stdout
 
 
+@pytest.mark.slow
 def test_extending_prints_what_stands_below_it_and_quotes_what_stands_in_the_experiments():
     text = (ROOT / "docs" / "extending.md").read_text()
     namespace = {}

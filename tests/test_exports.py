@@ -130,6 +130,7 @@ def mirrored_strategy(n):
 AS_TRAINED = ["keras, as trained", "tf_keras", "module, as trained", "module of layers", "subclassed", "wrapped"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AS_TRAINED)
 def test_process_without_mptrain_answers_with_the_bits_of_the_evaluation(exports, kind):
     trainer, _, inputs, answers = exports[kind]

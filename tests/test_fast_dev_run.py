@@ -48,6 +48,7 @@ def states(printed):
     return {line[2:12].strip(): line[12:23].strip() for line in lines}
 
 
+@pytest.mark.slow
 def test_all_parts_work_with_windows_replicas_and_best_checkpoints(config, temporary, capsys):
     config.devices.virtual_cpus = 2
     config.optimizer.accumulation_steps = 3
@@ -74,6 +75,7 @@ def test_epochs_a_time_limit_a_chosen_export_and_loggers_give_way(config, tempor
     assert states(capsys.readouterr().out) == dict.fromkeys(PARTS, "ok")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "failed", "error", "message"),
     [

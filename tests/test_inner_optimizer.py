@@ -70,6 +70,7 @@ def test_gradients_are_summed_once_and_overflow_on_one_replica_skips_all(mirrore
         np.testing.assert_allclose(variable.numpy(), np.array([1.0, 2.0]) - 0.25 * replicas)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["Adam", "SGD", "RMSprop", "Adagrad", "Nadam"])
 @pytest.mark.parametrize("home", [keras.optimizers, tf_keras.optimizers, tf_keras.optimizers.legacy])
 @pytest.mark.parametrize("replicas", [1, 2])

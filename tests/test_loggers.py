@@ -58,6 +58,7 @@ def in_mlflow(folder):
     return client, found
 
 
+@pytest.mark.slow
 def test_mlflow_has_one_run_with_config_tags_name_and_status(folder, in_mlflow):
     _, found = in_mlflow
     assert found.info.run_name == "first"
@@ -71,6 +72,7 @@ def test_mlflow_has_one_run_with_config_tags_name_and_status(folder, in_mlflow):
     assert json.loads((folder / "loggers.json").read_text())["mlflow"] == found.info.run_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train/loss", "train/loss_scale", "eval/accuracy"])
 def test_mlflow_has_each_row_once_though_the_killed_run_logged_some_twice(folder, in_mlflow, name):
     client, found = in_mlflow

@@ -29,6 +29,7 @@ def test_main_job_learns_mnist_in_a_few_steps(fresh_command, tmp_path, precision
     assert (tmp_path / "run" / "precision_plan.txt").read_text().count(compute) >= 8
 
 
+@pytest.mark.slow
 def test_run_folder_holds_what_the_design_promises(command, tiny, tmp_path):
     finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
     assert finished.returncode == 0, finished.stderr

@@ -311,6 +311,7 @@ class ModuleOfLayers(tf.Module):
         return tf.cast(dense(dropout(flatten(self.norm(x, training=training)), training=training)), tf.float32) * self.factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("generation", [keras, tf_keras])
 def test_module_that_holds_keras_layers_trains_all_of_it(config, generation, built):

@@ -102,6 +102,7 @@ def overflow(trainer, name=""):
     return {path for path in changed(trainer, before) if "/loss_scale/" not in path} - {"step"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gan", "sam", "vae"])
 def test_overflow_changes_only_what_it_may(name, small):
     trainer = build_trainer(small(name))
@@ -136,6 +137,7 @@ def events(small, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_pictures_are_written_with_the_evaluation(events, digits):
     assert {tag: image.size for tag, image in events["gan"][1].items()} == {"digits": (224, 224)}
     pictures = events["vae"][1]

@@ -77,6 +77,7 @@ def wait_for_checkpoint(workdir, processes):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2])
 def test_overflow_on_either_of_two_workers_skips_the_update_on_both(window):
     first, second = run_workers(2, "tests.worker_loss_scale", str(window))

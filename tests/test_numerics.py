@@ -60,6 +60,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_named_first_and_the_advice_mends_the_run(sick, tmp_path, fault):
     trainer, path, words, fields = FAULTS[fault]
@@ -120,6 +121,7 @@ def test_vanished_gradients_are_those_of_a_count_by_hand_in_float64(sick):
     assert zeros["sequential/second"] == (np.abs(at_second) <= 2.0**-25).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("reference", [True, False])
@@ -176,6 +178,7 @@ def test_plain_module_shows_its_scopes_and_what_is_watched(sick, tmp_path):
     assert report["advice"]["check"] is None
 
 
+@pytest.mark.slow
 def test_advice_can_be_pasted_into_the_config_of_the_same_folder(sick, tmp_path):
     config = sick("LoudTrainer", steps=4)
     report = report_of(config, tmp_path / "run")
@@ -207,6 +210,7 @@ def test_report_from_a_checkpoint_begins_there_and_leaves_the_run_as_it_was(conf
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
 
 
+@pytest.mark.slow
 def test_float32_run_is_told_what_float16_would_do(sick, tmp_path):
     config = sick("LoudTrainer", **{"precision.policy": "float32"})
     report = report_of(config, tmp_path / "run")

@@ -149,6 +149,7 @@ def test_what_is_not_known_stays_last_in_both_orders(opened):
         assert browser.texts("#layers tbody th")[-1] == "identity"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", KINDS)
 @pytest.mark.parametrize("colours", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
@@ -230,6 +231,7 @@ def test_made_up_reports_are_json(reports, report):
     assert json.loads(json.dumps(reports[report], allow_nan=False)) == reports[report]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", KINDS)
 def test_picture_fits_two_columns_of_a_paper_and_shows_something(tmp_path, reports, report):
     write_picture(reports[report], tmp_path / "numerics.png")

@@ -15,6 +15,8 @@ from mptrain.numerics.places import OUTPUT, WEIGHT
 from mptrain.numerics.probe import Probe
 from tests.runs import assert_same_checkpoint, rows, tiny_config
 
+pytestmark = pytest.mark.slow  # left out by `make test-fast`
+
 
 @pytest.fixture
 def sick():

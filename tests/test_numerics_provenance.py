@@ -48,6 +48,7 @@ def test_forward_overflow_is_told_apart_with_its_size_in_float32(overflowing, tm
     assert "no loss scale cures that" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replica", [0, 1])
 def test_overflow_of_one_replica_is_found(overflowing, tmp_path, replica):
     config = overflowing("tests.trainers.PoisonedTrainer", **{"devices.virtual_cpus": 2, "loss_scale.initial_scale": 1.0})
@@ -67,6 +68,7 @@ def test_overflow_inside_a_window_is_found_in_its_step(overflowing, tmp_path):
     assert [event["step"] for event in rows(tmp_path / "run", event="provenance")] == [6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("name", ["TinyTrainer", "TfKerasTrainer"])
 def test_looking_into_overflows_leaves_the_bits_of_a_run_that_does_not(overflowing, tmp_path, name, replicas):

@@ -52,6 +52,7 @@ def test_counts_are_those_of_a_count_by_hand(dtype, scale, size):
     assert largest == expected_largest
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20), st.integers(0, 24))
 def test_small_and_large_tensors_are_counted_alike(values, exponent):

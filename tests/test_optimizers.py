@@ -32,6 +32,7 @@ def values(variables):
     return [tf.convert_to_tensor(variable).numpy() for variable in variables]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [*((name, "keras") for name in optimizer_check.classes()), ("muon", "module"), ("adafactor", "module")]
 )

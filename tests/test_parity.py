@@ -22,6 +22,8 @@ from mptrain.numerics.probe import Probe
 from tests.parity_reports import parity_config, report_of, row
 from tests.runs import launch
 
+pytestmark = pytest.mark.slow  # left out by `make test-fast`
+
 HALF, BRAIN = {"parity.precisions": ("mixed_float16",)}, {"parity.precisions": ("mixed_bfloat16",)}
 
 

@@ -99,6 +99,7 @@ def deep():
 KINDS = {"parted": parted, "failed": failed, "deep": deep}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("colours", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])

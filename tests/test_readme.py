@@ -64,6 +64,7 @@ def test_make_train_passes_flags_and_trains(checkout):
     assert (checkout / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_make_test_runs_the_tests(checkout):
     finished = make(checkout, "test", "ARGS=-q tests/test_config.py")
     assert finished.returncode == 0, finished.stdout

@@ -18,6 +18,8 @@ from mptrain.errors import InputError, RunError
 from tests.conftest import ROOT
 from tests.test_multi_worker import free_ports
 
+pytestmark = pytest.mark.slow  # left out by `make test-fast`
+
 _ONE_WORKER = """
 import json, os, sys
 from mptrain import rendezvous

@@ -36,6 +36,7 @@ def trained(trainer_class, config, strategy):
     return {path: variable.numpy() for path, variable in trainer.state.items()}, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, 3, 4])
 @pytest.mark.parametrize("trainer_class", [EvenTrainer, TfKerasEvenTrainer])
 def test_fifty_steps_on_replicas_equal_those_on_one_with_everything_on(everything, mirrored, trainer_class, replicas):

@@ -24,6 +24,7 @@ def content(folder):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["folder gone", "folder empty", "link that leads nowhere"])
 def test_lost_checkpoints_are_not_taken_for_a_new_run(config, finished, tmp_path, loss):
     shutil.move(finished / "checkpoints", tmp_path / "elsewhere")

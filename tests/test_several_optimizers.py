@@ -78,6 +78,7 @@ def changed(trainer, before):
     return {path for path, value in values(trainer).items() if not np.array_equal(value, before[path])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize(("skipping", "other"), [("left", "right"), ("right", "left")])
 def test_skipped_update_takes_back_its_own_part_and_leaves_the_others_applied(config, mirrored, skipping, other, window):

@@ -77,6 +77,7 @@ def test_two_replicas_without_dropout_and_batchnorm_train_like_one(config, mirro
         np.testing.assert_allclose(value, values(two)[path], rtol=1e-5, atol=1e-7, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_overflow_on_any_replica_changes_nothing_anywhere(config, mirrored, replicas):
     for replica in range(replicas):
@@ -288,6 +289,7 @@ def test_dropout_draws_anew_in_each_turn_of_a_graph_loop(config):
     assert 0.3 < np.mean(first[0] == trainer.masks.numpy()[0]) < 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [trainers.TinyTrainer, trainers.TfKerasTrainer])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_state_brought_into_a_new_trainer_goes_on_with_the_same_bits(config, mirrored, tmp_path, kind, replicas):

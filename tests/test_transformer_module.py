@@ -67,6 +67,7 @@ def found(tmp_path_factory):
 
 
 # In float16 the order of roundings differs, by a few units of 2**-11 each.
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("float16", 2.0**-9)])
 def test_losses_and_gradients_agree_on_equal_weights(found, dtype, bound):
     (losses, gradients), (keras_losses, keras_gradients) = found[dtype]
