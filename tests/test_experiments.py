@@ -17,6 +17,8 @@ from tests.conftest import ROOT
 from tests.experiment_cases import EXPERIMENTS, tiny_config
 from tests.runs import assert_same_checkpoint, rows
 
+pytestmark = pytest.mark.slow  # left out by `make test-fast`
+
 
 @pytest.fixture(scope="module", params=EXPERIMENTS, ids=lambda case: case.name)
 def run(request, tmp_path_factory):
@@ -26,7 +28,6 @@ def run(request, tmp_path_factory):
     return request.param, config, folder / "run", runner.run(config, folder / "run")
 
 
-@pytest.mark.slow
 def test_four_steps_in_float16_on_two_replicas_learn(run):
     case, _, folder, _ = run
     values = [row[case.falls] for row in rows(folder, split="train")]
@@ -37,7 +38,6 @@ def test_four_steps_in_float16_on_two_replicas_learn(run):
     assert "2 replicas" in json.loads((folder / "config.json").read_text())["devices"]
 
 
-@pytest.mark.slow
 def test_resume_after_two_steps_ends_with_the_same_bits(run, tmp_path):
     _, config, folder, outputs = run
     shutil.copytree(folder, tmp_path / "run")

@@ -16,6 +16,8 @@ from tests import trainers
 from tests.conftest import ROOT
 from tests.test_model_check import ModuleOfLayers, Subclassed
 
+pytestmark = pytest.mark.slow  # left out by `make test-fast`
+
 
 class RawTrainer(trainers.TinyTrainer):
     """Takes bytes, which its `inputs` scales, beside a feature that is not used; augments what it trains on."""
@@ -130,7 +132,6 @@ def mirrored_strategy(n):
 AS_TRAINED = ["keras, as trained", "tf_keras", "module, as trained", "module of layers", "subclassed", "wrapped"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", AS_TRAINED)
 def test_process_without_mptrain_answers_with_the_bits_of_the_evaluation(exports, kind):
     trainer, _, inputs, answers = exports[kind]

@@ -23,6 +23,8 @@ from mptrain.runner import build_trainer
 from tests.runs import rows
 from tests.trainers import TinyTrainer
 
+pytestmark = pytest.mark.slow  # left out by `make test-fast`
+
 TRACED = []  # each pass of an OverflowingSamTrainer that was traced
 TOO_HIGH = 1e30  # a loss scale at which every float16 gradient overflows
 SMALL = {
@@ -102,7 +104,6 @@ def overflow(trainer, name=""):
     return {path for path in changed(trainer, before) if "/loss_scale/" not in path} - {"step"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gan", "sam", "vae"])
 def test_overflow_changes_only_what_it_may(name, small):
     trainer = build_trainer(small(name))
@@ -137,7 +138,6 @@ def events(small, tmp_path_factory):
     return found
 
 
-@pytest.mark.slow
 def test_pictures_are_written_with_the_evaluation(events, digits):
     assert {tag: image.size for tag, image in events["gan"][1].items()} == {"digits": (224, 224)}
     pictures = events["vae"][1]
