@@ -38,7 +38,7 @@ _ROUNDED = frozenset(
     " MaxPool3DGrad MaxPoolGrad Mean Mul MulNoNan Pow Prod RealDiv Reciprocal ReciprocalGrad ResizeBilinear ResizeBilinearGrad"
     " ResizeNearestNeighborGrad Rsqrt RsqrtGrad Selu SeluGrad Sigmoid SigmoidGrad Sin Softmax SoftmaxCrossEntropyWithLogits"
     " Softplus SoftplusGrad Softsign SoftsignGrad SparseSoftmaxCrossEntropyWithLogits Sqrt SqrtGrad Square SquaredDifference"
-    " Sub Sum Tanh TanhGrad UnsortedSegmentMax UnsortedSegmentSum".split()
+    " Sub Sum Tanh TanhGrad UnsortedSegmentSum".split()
 )
 _ADDED_UP_IN_BFLOAT16 = frozenset("BiasAddGrad Cumsum Prod UnsortedSegmentSum".split())
 _SIXTEEN_BITS = (tf.float16, tf.bfloat16)

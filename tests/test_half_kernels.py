@@ -240,6 +240,16 @@ def test_sums_of_bfloat16_are_added_up_in_float32():
         assert each.numpy().tolist() == [1000, 1000]
 
 
+def test_largest_of_no_value_stays_the_lowest_float16():
+    def largest(x):
+        return tf.math.unsorted_segment_max(x, tf.constant([0]), 2)
+
+    x = tf.constant([1.0], tf.float16)
+    with float32_kernels():
+        ours = tf.function(largest)(x)
+    assert ours.numpy().tolist() == [1.0, -65504.0]  # float32's lowest would be rounded to -inf
+
+
 def test_nothing_is_rewritten_outside_the_context():
     with float32_kernels():
         pass
