@@ -4,7 +4,7 @@
     python -m benchmarks --parts start growth
 
 Measures mptrain beside its peers, then start and memory, growth, a long run and the fidelity of float16, each of which is
-also a command of its own (see `document.py`). Takes about 55 minutes on two idle cores, with --quick about six (float32 and
+also a command of its own (see `document.py`). Takes about 40 minutes on two idle cores, with --quick about six (float32 and
 mixed_float16, two works, no Orbit and no PyTorch). Runs unattended: what fails or is not installed says so in its row, and
 after the time that --minutes gives, no further case is begun. The exit status is 1 where two contestants did not compute the
 same.
@@ -49,7 +49,7 @@ TOO_SLOW = {(work, "mixed_float16"): SLOW["cnn", "mixed_float16"] for work in ("
 
 
 class Run:
-    """What is measured, as it comes in; each case is written down when it has ended."""
+    """What is measured, as it comes in."""
 
     def __init__(self, options: argparse.Namespace, folder: str):
         self.options = options
@@ -79,7 +79,7 @@ class Run:
         rounds = self.rounds * (SCALING_FACTOR if set(contestants) == set(SCALERS) else 1)
         turns = (steps,) * (frame.WARM_UP + rounds)
         if slow:  # the others end a turn where the slow ones do, so that losses can be compared
-            turns = (1, steps - 1, *turns[1:])
+            turns = (len(SLOW_TURNS), *turns[1:])
         file = os.path.join(self.folder, f"{work.name}-{precision}.npy")
         np.save(file, works.numbers(work, sum(turns)))
         found = frame.compete(frame.Case(work, precision, turns, file), present, slow) | skipped
@@ -105,8 +105,15 @@ def profiles(run: Run) -> list[str]:
 
 def write(run: Run, document: Document, load: str, minutes: float) -> None:
     """Writes the sections of the comparison, and the raw turns beside them."""
-    command = ["benchmarks", *(["--quick"] if run.options.quick else [])]
-    document.put(TARGETS, [measured(command, load), f"It took {minutes:.0f} minutes.", "", *report.target_table(run.results)])
+    document.put(
+        TARGETS,
+        [
+            measured(["benchmarks", *sys.argv[1:]], load),
+            f"It took {minutes:.0f} minutes.",
+            "",
+            *report.target_table(run.results),
+        ],
+    )
     document.put(RATIOS, [f"Medians of step times; below 1 is faster. {LIGHTNING_NOTE}", "", *report.ratio_table(run.results)])
     document.put(WHY, profiles(run))
     document.put(TIMES, [TIMES_NOTE, "", *run.tables])

@@ -168,6 +168,6 @@ if __name__ == "__main__":
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     for module in _IMPORTED:
         importlib.import_module(module)
-    (_, own), (module, *arguments) = sys.argv, _serve(socket.socket(fileno=int(sys.argv[1])))["arguments"]
+    module, *arguments = _serve(socket.socket(fileno=int(sys.argv[1])))["arguments"]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
