@@ -27,7 +27,7 @@ class WorkTrainer(mptrain.Trainer):
         return {"accuracy": keras.metrics.SparseCategoricalAccuracy()}
 
 
-def trainer(work: works.Work, precision: str) -> WorkTrainer:
+def trainer(work: works.Work, precision: str, jit_compile: str | bool = "auto") -> WorkTrainer:
     """Returns the Trainer of a work."""
     config = mptrain.default_config()
     config.seed = works.SEED
@@ -37,11 +37,12 @@ def trainer(work: works.Work, precision: str) -> WorkTrainer:
     config.optimizer.learning_rate = works.LEARNING_RATE
     config.data.batch_size = work.batch_size
     config.train.steps = 1  # of which nothing depends here
+    config.train.jit_compile = jit_compile
     WorkTrainer.work = work
     return WorkTrainer(config)
 
 
-def run(case: Case, gate) -> None:
-    ours = trainer(case.work, case.precision)
+def run(case: Case, gate, compiler: str = "") -> None:
+    ours = trainer(case.work, case.precision, jit_compile=True if compiler == "xla" else "auto")
     for steps in gate:
         gate.done(ours.train(tf.constant(steps))["loss"])
