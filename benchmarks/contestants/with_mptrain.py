@@ -1,4 +1,4 @@
-"""mptrain: a Trainer with the comparison's model and data, trained as a run does it, loop by loop."""
+"""mptrain: a Trainer with the comparison's model and data, trained by `Trainer.train`; nothing is logged or saved."""
 
 import keras
 import tensorflow as tf
