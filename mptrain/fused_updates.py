@@ -17,6 +17,8 @@ import tensorflow as tf
 
 from mptrain.keras_compat import raw
 
+_ALONE, _TOGETHER = 256, 2**16  # elements that Adam's kernel updates by one thread, and that are worth all of them
+
 
 def install(optimizer) -> None:
     """Makes a built Keras 3 optimizer update by fused kernels, if it is one that has such; in a replica, without sums."""
@@ -82,12 +84,12 @@ def _adam(optimizer, pairs: list, rate: tf.Tensor) -> None:
 
 
 def _one_kernel_pays(variable) -> bool:
-    """Whether Adam's kernel is faster than its parts, which on a CPU it is for large variables alone.
+    """Whether Adam's kernel is faster than its parts, which on a CPU it is for small and for large variables.
 
-    It takes its cost for a multiple of what it is and calls all threads for a few hundred elements already: 4,096 take 84 µs of
-    processor time and its parts 16, but 131,072 take 198 and its parts 577.
+    It takes its cost for a multiple of what it is and calls all threads from 300 elements on: 4,096 take 84 µs of processor
+    time and its parts 16, but 131,072 take 198 and its parts 577. Below that its parts cost twice as much: they are ten.
     """
-    return "CPU" not in raw(variable).device or raw(variable).shape.num_elements() >= 2**16
+    return "CPU" not in raw(variable).device or not _ALONE < raw(variable).shape.num_elements() < _TOGETHER
 
 
 def _sgd(optimizer, pairs: list, rate: tf.Tensor) -> None:
