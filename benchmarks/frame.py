@@ -9,6 +9,7 @@ library.
 import dataclasses
 import json
 import pathlib
+import select
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import numpy as np
 from benchmarks import works
 
 ROOT = pathlib.Path(__file__).parent.parent
+TURN_LIMIT = 600.0  # seconds, after which a contestant has failed, so that nobody waits for one that hangs
 WARM_UP = 2  # turns that do not count: functions are traced, kernels chosen, and mptrain finds out what takes a second
 TORCH_PYTHON = ROOT / ".venv-bench" / "bin" / "python"  # made by `make bench-torch`; beside TensorFlow, never with it
 
@@ -108,6 +110,9 @@ class Contestant:
             Failed: if it cannot.
         """
         self._send("turn")
+        if not select.select([self._process.stdout], [], [], TURN_LIMIT)[0]:
+            self._process.kill()
+            raise Failed(f"a turn took more than {TURN_LIMIT:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
@@ -165,10 +170,11 @@ def ratio(turns: list[Turn], reference: list[Turn]) -> tuple[np.ndarray, float]:
     return np.quantile(ratios[:, 0], [0.25, 0.5, 0.75]), float(np.median(ratios[:, 1]))
 
 
-def difference_of_losses(turns: list[Turn], reference: list[Turn]) -> float:
-    """Returns by how much the mean losses differ, relative, up to the first step that ends a turn of both.
+def differences_of_losses(turns: list[Turn], reference: list[Turn]) -> tuple[float, float]:
+    """Returns by how much the mean losses differ, relative, up to the first and up to the last step that end turns of both.
 
-    Later losses drift apart, as those of any two runs with other rounding do.
+    Later losses drift apart, as those of any two runs with other rounding do; so the second may be larger. It is NaN or
+    infinite where one of the two trained to no finite loss.
 
     Raises:
         ValueError: if no turns of the two end at the same step.
@@ -177,7 +183,8 @@ def difference_of_losses(turns: list[Turn], reference: list[Turn]) -> float:
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         raise ValueError("no turns end at the same step")
-    return abs(ours[common[0]] - theirs[common[0]]) / abs(theirs[common[0]])
+    first, last = (abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in (common[0], common[-1]))
+    return first, last
 
 
 def _sums(turns: list[Turn]) -> dict[int, float]:

@@ -72,8 +72,27 @@ def test_ratios_are_those_of_neighbouring_turns():
 
 def test_losses_are_compared_where_turns_of_both_end():
     whole, parts = [frame.Turn(10, 1, 1, 2.0)], [frame.Turn(1, 1, 1, 2.9), frame.Turn(9, 1, 1, 1.9)]
-    assert frame.difference_of_losses(parts, whole) == pytest.approx(0.0)
-    assert frame.difference_of_losses(turns(1, loss=1.1), turns(1, loss=1.0)) == pytest.approx(0.1)
+    assert frame.differences_of_losses(parts, whole) == pytest.approx((0.0, 0.0))
+    assert frame.differences_of_losses(turns(1, loss=1.1), turns(1, loss=1.0)) == pytest.approx((0.1, 0.1))
+
+
+@pytest.mark.parametrize("later", [1.0, float("nan")])
+def test_who_stops_learning_after_the_first_turn_did_not_do_the_same(later):
+    learns = [frame.Turn(10, 1, 1, loss) for loss in (1.0, 0.5, 0.2)]
+    stops = [frame.Turn(10, 1, 1, loss) for loss in (1.0, later, later)]
+    results = {"hand": learns, "mptrain": learns, "keras": stops}
+    assert report.differing(results, "hand", "float32") == ["keras"]
+    table = "\n".join(report.case_table("a case", results, "hand", "float32"))
+    assert re.search(r"^\| mptrain .* same \|$", table, re.M)
+    assert re.search(r"^\| Keras 3 fit .* \*\*differs by .* in the end\*\* \|$", table, re.M)
+
+
+def test_a_contestant_that_hangs_has_failed(monkeypatch):
+    monkeypatch.setattr(frame, "TURN_LIMIT", 0.1)
+    with frame.Contestant("hand") as contestant:  # which imports TensorFlow for longer than that
+        contestant.open(frame.Case(works.WORKS["mlp"].tiny(), "float32", (3,), ""))
+        with pytest.raises(frame.Failed, match="a turn took more than 0 s"):
+            contestant.turn()
 
 
 def verdicts(results, here=PLAIN_CPU):
