@@ -5,6 +5,7 @@ import tensorflow as tf
 
 import mptrain
 from benchmarks import models, works
+from benchmarks.contestants import common
 from benchmarks.frame import Case
 
 
@@ -42,6 +43,7 @@ def trainer(work: works.Work, precision: str) -> WorkTrainer:
 
 
 def run(case: Case, gate) -> None:
+    common.no_tf32()
     ours = trainer(case.work, case.precision)
     for steps in gate:
         gate.done(ours.train(tf.constant(steps))["loss"])
