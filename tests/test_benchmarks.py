@@ -95,21 +95,6 @@ def test_works_are_the_same_every_time_they_are_drawn():
         np.testing.assert_array_equal(inputs, works.data(work.tiny())[0])
 
 
-def test_without_a_gpu_its_benchmark_says_so_in_one_line():
-    finished = run("gpu")
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert finished.stderr.splitlines()[-1].startswith("there is no GPU here: ")
-
-
-@pytest.mark.slow
-def test_the_benchmark_for_gpus_runs_at_the_smallest_size_on_a_cpu():
-    finished = run("gpu", "--tiny-on-cpu")
-    assert finished.returncode == 0, finished.stderr
-    for name in ("float32", "mixed_float16"):
-        assert re.search(rf"^\| transformer, [\d.]+ M \| {name} \| [\d.]+ \([\d.-]+\) \|", finished.stdout, re.M)
-
-
 @pytest.mark.slow
 def test_fast_float16_is_float16():
     finished = run("fidelity", "--tiny", "--works", "cnn")
