@@ -1,6 +1,6 @@
 """Measures on one GPU what `python -m benchmarks` does on a CPU, and models that fill the card against its matrix units.
 
-    python -m benchmarks.gpu [--minutes=4.75] [--contestants hand mptrain]
+    python -m benchmarks.gpu [--minutes=4.5] [--contestants hand mptrain]
 
 First a ResNet-50 on images of ImageNet's shape and a transformer of 100 million parameters, in mixed_float16, mixed_bfloat16
 and float32 with TF32 on and off: step time, achieved FLOP/s against those of a large matrix product in the same dtype on the
@@ -86,12 +86,12 @@ def large_table(rows: list[tuple[str, str]], end: float, command: list[str], tin
             try:
                 if seconds < LEAST_SECONDS:
                     raise Failed(TIME_OVER)
-                child, ahead = ahead, None
-                child.tell(json.dumps({"model": model, "mode": mode, "tiny": tiny, "seconds": 0.8 * seconds}))
+                child = ahead
                 if number + 1 < len(rows):
                     ahead = stack.enter_context(Child(command))
-                found = child.answer(seconds)
-                child.end()
+                with child:  # whose memory is free for the next one when it has ended
+                    child.tell(json.dumps({"model": model, "mode": mode, "tiny": tiny, "seconds": 0.8 * seconds}))
+                    found = child.answer(seconds)
                 cells, name = row(found), f"{model}, {found['parameters'] / 1e6:.1f} M"
             except Failed as reason:
                 cells = [str(reason), *[""] * (len(COLUMNS) - 3)]
@@ -111,8 +111,11 @@ def peers(cases: list[tuple[works.Work, str]], names: tuple[str, ...], end: floa
                 print(f"### {title}\n\n{TIME_OVER}\n", flush=True)
                 continue
             for name in names:
-                if name not in contestants or not contestants[name].free:
+                if name in contestants and not contestants[name].free:
+                    contestants.pop(name).end()
+                if name not in contestants:
                     contestants[name] = stack.enter_context(frame.Contestant(name))
+            contestants = {name: contestants[name] for name in names}
             turns = (work.quick_steps if tiny else STEPS[work.name],) * (frame.WARM_UP + ROUNDS)
             file = os.path.join(folder, f"{work.name}-{precision}.npy")
             np.save(file, works.numbers(work, sum(turns)))
@@ -137,7 +140,7 @@ def cases() -> list[tuple[works.Work, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=4.75, help="after which everything has ended")
+    parser.add_argument("--minutes", type=float, default=4.5, help="after which everything has ended")
     parser.add_argument("--contestants", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--tiny-on-cpu", action="store_true", help=argparse.SUPPRESS)  # for the test of this file
     options = parser.parse_args()

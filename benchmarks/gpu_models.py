@@ -1,7 +1,8 @@
 """The process of one row of `gpu`: a model that fills a card, in one precision, measured against the card's matrix units.
 
 Reads a request from its input, a line of JSON, and answers with what it measured, or why it could not. A row has a process of
-its own because kernels that were chosen with TF32 stay chosen without it, and so that nothing of the row before is in memory.
+its own because TensorFlow remembers the algorithms of convolutions by their shapes, whether with TF32 or without, and so that
+nothing of the row before is in memory.
 """
 
 import dataclasses
