@@ -39,11 +39,12 @@ class Document:
     """The file, as it is and as it will be.
 
     Args:
-        path: of the file. What it holds of other parts is kept, if it is of this machine and software.
+        path: of the file; stays readable as an attribute. What it holds of other parts is kept, if it is of this machine and
+            software.
     """
 
     def __init__(self, path: pathlib.Path):
-        self._path = path
+        self.path = path
         self._machine = "\n".join(machine.description())
         self._sections = {OTHERS: "\n".join(f"- `{command}`: {what}" for command, what in _ELSEWHERE.items())}
         before, *sections = path.read_text().split("\n## ") if path.exists() else [""]
@@ -58,7 +59,7 @@ class Document:
         self._sections[heading] = "\n".join(lines).strip()
         parts = [f"## {name}\n\n{self._sections[name]}" for name in ORDER if self._sections.get(name)]
         flags = f"<details><summary>The processor's flags</summary>\n\n{machine.cpu_flags()}\n\n</details>"
-        self._path.write_text("\n\n".join(["# Results", self._machine, *parts, flags]) + "\n")
+        self.path.write_text("\n\n".join(["# Results", self._machine, *parts, flags]) + "\n")
 
 
 def measured(command: list[str], load: str) -> str:

@@ -33,6 +33,7 @@ from benchmarks import frame, machine, report, works
 from benchmarks.children import NO_ANSWER, OUT_OF_MEMORY, Child, Failed
 from benchmarks.contestants import ALL, PEERS
 from benchmarks.gpu_models import MODELS, MODES
+from mptrain.hardware import hardware
 
 LARGE_SHARE = 0.65  # of the time, at most, for the large models
 ROW_SECONDS, LEAST_SECONDS = 75.0, 15.0  # the most for a row; the least to begin a row or a case with
@@ -110,21 +111,24 @@ def peers(cases: list[tuple[works.Work, str]], names: tuple[str, ...], end: floa
             if end - time.monotonic() < LEAST_SECONDS:
                 print(f"### {title}\n\n{TIME_OVER}\n", flush=True)
                 continue
-            for name in names:
+            here = [name for name in names if precision in (ALL[name].precisions or works.PRECISIONS)]
+            for name in here:
                 if name in contestants and not contestants[name].free:
                     contestants.pop(name).end()
                 if name not in contestants:
                     contestants[name] = stack.enter_context(frame.Contestant(name))
-            contestants = {name: contestants[name] for name in names}
+            present = {name: contestants[name] for name in here}
             turns = (work.quick_steps if tiny else STEPS[work.name],) * (frame.WARM_UP + ROUNDS)
             file = os.path.join(folder, f"{work.name}-{precision}.npy")
             np.save(file, works.numbers(work, sum(turns)))
-            found = frame.compete(frame.Case(work, precision, turns, file), contestants, {}, together=1, end=end)
+            found = frame.compete(frame.Case(work, precision, turns, file), present, {}, together=1, end=end)
             reference = "hand" if "hand" in names else names[0]
             print("\n".join(report.case_table(title, found, reference, precision)), flush=True)
             for name, result in found.items():
                 failed += unexpected(f"{title}, {ALL[name].label}", result) if isinstance(result, str) else []
-            failed += [f"{title}, {ALL[name].label}: other losses" for name in report.differing(found, reference, precision)]
+            if not isinstance(found[reference], str):
+                differing = report.differing(found, reference, precision)
+                failed += [f"{title}, {ALL[name].label}: other losses" for name in differing]
     return failed
 
 
@@ -159,6 +163,7 @@ def main() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_models"]
     failed = large_table(rows, START + LARGE_SHARE * seconds, command, tiny)
     print(NOTE)
+    print(f"{report.notes(hardware())}\n")
     chosen = [(works.WORKS["mlp"].tiny(), "mixed_float16")] if tiny else cases()
     failed += peers(chosen, tuple(options.contestants), START + seconds, tiny)
     if failed:

@@ -1,16 +1,21 @@
-"""Where the time of a step goes: the operations of mptrain's step beside those of the loop by hand.
+"""Where the time of a step goes: the operations of one contestant's step beside those of another.
 
-    python -m benchmarks.operations WORK PRECISION [--steps=50]
+    python -m benchmarks.operations WORK PRECISION [OURS THEIRS] [--their-precision=PRECISION] [--steps=50]
 
-Times are those of TensorFlow's own profiler, added up over all threads: what is inside one operation, not what the machine
-spends between two. XLA's loop by hand is a single operation.
+OURS and THEIRS are contestants, by default mptrain and the loop by hand. Times are those of TensorFlow's own profiler, added up
+over all threads: what is inside one operation, not what the machine spends between two, and more than the clock where threads
+work side by side. Of three profiles the one that was least disturbed counts. What XLA compiled is not opened, and neither is
+PyTorch.
 """
 
 import argparse
 import collections
+import dataclasses
+import importlib
 import os
 import pathlib
 import tempfile
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -19,42 +24,84 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from benchmarks import frame, works
+from benchmarks.contestants import ALL
 
 TOP = 12
+PROFILES = 3
+WARM_UP = 2  # turns: functions are traced, and mptrain finds out how many steps take a second
+COMPILED = 0.5  # XLA's, if TensorFlow's operations explain less than this share of the time by the clock
 
 
-class _OneTurn:
-    """A gate that lets a contestant through at once: a warm-up, and then a turn that is profiled into a folder."""
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A contestant's step.
 
-    def __init__(self, steps: int, folder: str):
+    Attributes:
+        clock: milliseconds, without a profiler.
+        operations: type of operation -> (milliseconds, calls).
+    """
+
+    clock: float
+    operations: dict[str, tuple[float, float]]
+
+    @property
+    def total(self) -> float:
+        return sum(milliseconds for milliseconds, _ in self.operations.values())
+
+    @property
+    def opened(self) -> bool:
+        """Whether TensorFlow's operations explain the step."""
+        return self.total >= COMPILED * self.clock > 0
+
+    def __str__(self) -> str:
+        if not self.operations:
+            return "not TensorFlow's, not opened"
+        clock = f"{self.clock:.2f} ms by the clock"
+        return f"{clock}, {self.total:.2f} ms in operations" if self.opened else f"{clock}, compiled by XLA, not opened"
+
+
+class _Gate:
+    """Lets a contestant through at once: warm-up, a turn for the clock, and turns that are profiled into folders."""
+
+    def __init__(self, steps: int, folders: list[pathlib.Path]):
+        self.ahead = [steps] * (WARM_UP + 1 + len(folders))
+        self.clock = 0.0
         self._steps = steps
-        self._folder = folder
+        self._folders = folders
 
     def __iter__(self):
-        yield from (2, 2)  # traces, and finds out how many steps take a second
-        yield self._steps
-        everything = tf.profiler.experimental.ProfilerOptions(host_tracer_level=3)  # also the cheapest operations
-        with tf.profiler.experimental.Profile(self._folder, everything):
-            yield self._steps
+        while self.ahead:
+            yield self.enter()
+
+    def enter(self) -> int:
+        number = WARM_UP + 1 + len(self._folders) - len(self.ahead)
+        steps = self.ahead.pop(0)
+        self._profiled = number > WARM_UP
+        if self._profiled:
+            everything = tf.profiler.experimental.ProfilerOptions(host_tracer_level=3)  # also the cheapest operations
+            tf.profiler.experimental.start(str(self._folders[number - WARM_UP - 1]), everything)
+        self._start = time.perf_counter()
+        return steps
 
     def done(self, loss: float) -> None:
-        pass
+        self.clock = self.clock if self._profiled else 1e3 * (time.perf_counter() - self._start) / self._steps
+        if self._profiled:
+            tf.profiler.experimental.stop()
 
 
-def profile(name: str, work: works.Work, precision: str, steps: int) -> dict[str, tuple[float, float]]:
-    """Returns type of operation -> (milliseconds, calls) of a step of a contestant in this process."""
-    import importlib
-
-    from benchmarks.contestants import ALL
-
+def profile(name: str, work: works.Work, precision: str, steps: int) -> Profile:
+    """Returns the profile of a contestant's step, trained in this process."""
     about = ALL[name]
+    if about.torch:
+        return Profile(0.0, {})
     with tempfile.TemporaryDirectory() as folder:
+        folders = [pathlib.Path(folder, str(number)) for number in range(PROFILES)]
+        gate = _Gate(steps, folders)
         numbers = os.path.join(folder, "numbers.npy")
-        np.save(numbers, works.numbers(work, 2 * steps + 4))
-        case = frame.Case(work, precision, (steps,), numbers)
-        module = importlib.import_module(f"benchmarks.contestants.{about.module}")
-        module.run(case, _OneTurn(steps, folder), *about.options)
-        return _operations(pathlib.Path(folder), steps)
+        np.save(numbers, works.numbers(work, steps * len(gate.ahead)))
+        case = frame.Case(work, precision, tuple(gate.ahead), numbers)
+        importlib.import_module(f"benchmarks.contestants.{about.module}").run(case, gate, *about.options)
+        return min((Profile(gate.clock, _operations(each, steps)) for each in folders), key=lambda found: found.total)
 
 
 def _operations(folder: pathlib.Path, steps: int) -> dict[str, tuple[float, float]]:
@@ -73,22 +120,23 @@ def _operations(folder: pathlib.Path, steps: int) -> dict[str, tuple[float, floa
     return {kind: tuple(total) for kind, total in totals.items()}
 
 
-def table(work: works.Work, precision: str, steps: int) -> list[str]:
-    """Returns the Markdown table of the operations that take most."""
-    ours, by_hand = (profile(name, work, precision, steps) for name in ("mptrain", "hand"))
-    sums = [sum(milliseconds for milliseconds, _ in each.values()) for each in (ours, by_hand)]
-    lines = [
-        f"{work.name}, {precision}: operations of a step, mptrain {sums[0]:.2f} ms, by hand {sums[1]:.2f} ms",
-        "",
-        "| operation | mptrain, ms | share | calls | by hand, ms | share | calls |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    kinds = sorted({*ours, *by_hand}, key=lambda kind: -max(ours.get(kind, (0, 0))[0], by_hand.get(kind, (0, 0))[0]))
+def table(profiles: dict[str, Profile]) -> list[str]:
+    """Returns what a step of each takes, and the Markdown table of the operations that take most.
+
+    Args:
+        profiles: label -> profile, of two.
+    """
+    lines = [f"- a step of {label}: {each}" for label, each in profiles.items()]
+    opened = {label: each for label, each in profiles.items() if each.opened}
+    lines += ["", f"| operation | {' | '.join(f'{label}, ms | share | calls' for label in opened)} |"]
+    lines.append(f"|---|{'---|' * 3 * len(opened)}")
+    shown = [each.operations for each in opened.values()]
+    kinds = sorted({kind for each in shown for kind in each}, key=lambda kind: -max(each.get(kind, (0,))[0] for each in shown))
     for kind in kinds[:TOP]:
         cells = []
-        for each, total in zip((ours, by_hand), sums, strict=True):
-            milliseconds, calls = each.get(kind, (0.0, 0.0))
-            cells += [f"{milliseconds:.3f}", f"{milliseconds / max(total, 1e-9):.0%}", f"{calls:.0f}"]
+        for each in opened.values():
+            milliseconds, calls = each.operations.get(kind, (0.0, 0.0))
+            cells += [f"{milliseconds:.3f}", f"{milliseconds / max(each.total, 1e-9):.0%}", f"{calls:.0f}"]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return lines
 
@@ -97,10 +145,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=works.WORKS)
     parser.add_argument("precision", choices=works.PRECISIONS)
-    parser.add_argument("--steps", type=int, default=0, help="default: a turn's")
+    parser.add_argument("ours", nargs="?", choices=ALL, default="mptrain")
+    parser.add_argument("theirs", nargs="?", choices=ALL, default="hand")
+    parser.add_argument("--their-precision", choices=works.PRECISIONS, help="default: the same")
+    parser.add_argument("--steps", type=int, default=0, help="default: a quick turn's")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    work = works.WORKS[options.work]
-    print("\n".join(table(work, options.precision, options.steps or work.quick_steps)))
+    work = works.WORKS[options.work].tiny() if options.tiny else works.WORKS[options.work]
+    steps = options.steps or work.quick_steps
+    theirs = options.their_precision or options.precision
+    sides = [(options.ours, options.precision), (options.theirs, theirs)]
+    labels = [ALL[name].label + (f", {precision}" if theirs != options.precision else "") for name, precision in sides]
+    profiles = [profile(name, work, precision, steps) for name, precision in sides]
+    print("\n".join(table(dict(zip(labels, profiles, strict=True)))))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,20 @@ import numpy as np
 
 from benchmarks import frame, targets
 from benchmarks.contestants import ALL, PEERS
+from mptrain.hardware import Hardware
 
-# Lightning takes bfloat16 where it is asked for float16 on a CPU, and says so in a warning: no ratio to show.
-OTHER_DTYPE = {("lightning", "mixed_float16"): "takes bfloat16"}
+# On a CPU Lightning takes bfloat16 where it is asked for float16, and says so in a warning: no ratio to show.
+OTHER_DTYPE_ON_CPUS = {(name, "mixed_float16"): "takes bfloat16" for name in ("lightning", "lightning_tuned")}
+LIGHTNING = "Lightning takes bfloat16 where it is asked for float16 on a CPU, so its rows there are not float16's."
+OTHERS = (
+    "Orbit's example does not scale losses. tf_keras, which it uses too, has TensorFlow's fused BatchNorm; Keras 3,"
+    " of which the models of mptrain, of the loop by hand and of Keras 3 fit are made, writes it in a dozen operations."
+)
 SAME = {"float32": 2e-3, "mixed_bfloat16": 3e-2, "mixed_float16": 1e-2}  # relative difference of losses that rounding explains
 
 
 def case_table(name: str, results: Mapping[str, list[frame.Turn] | str], reference: str, precision: str) -> list[str]:
-    """Returns the table of one case: milliseconds a step, ratio of mptrain, and whether the losses agree.
+    """Returns the table of one case: milliseconds a step, ratio to the reference, and whether the losses agree.
 
     Args:
         name: of the case, for the heading.
@@ -46,37 +52,45 @@ def case_table(name: str, results: Mapping[str, list[frame.Turn] | str], referen
     return [*lines, ""]
 
 
+def notes(here: Hardware) -> str:
+    """Returns what a reader of the tables must know of the contestants."""
+    return OTHERS if here.gpus else f"{LIGHTNING} {OTHERS}"
+
+
 def differing(results: Mapping[str, list[frame.Turn] | str], reference: str, precision: str) -> list[str]:
-    """Returns the contestants that did not compute what the reference did."""
-    base = results.get(reference)
-    if base is None or isinstance(base, str):
-        return []
+    """Returns the contestants that did not compute what the reference did; all of them if it failed."""
+    base = results[reference]
+    if isinstance(base, str):
+        return [f"{reference}, with which all others are compared, failed: {base}"]
     measured = {name: turns for name, turns in results.items() if not isinstance(turns, str)}
     far = SAME[precision]
     return [name for name, turns in measured.items() if not frame.difference_of_losses(turns, base) <= far]
 
 
-def target_table(results: targets.Results) -> list[str]:
+def target_table(results: targets.Results, here: Hardware) -> list[str]:
     """Returns the table of all targets."""
-    lines = ["| target | work | precision | at most | measured | |", "|---|---|---|---|---|---|"]
-    for target, value, verdict in targets.rows(results):
-        measured = "" if value is None else f"{value:.3g}"
+    lines = ["| target | work | precision | bound | median | quartiles | |", "|---|---|---|---|---|---|---|"]
+    for target, ratio, verdict in targets.rows(results, here):
+        low, middle, high = ("", "", "") if ratio is None else (f"{each:.3g}" for each in ratio)
+        bound = f"{'<' if target.faster else '≤'} {target.bound:g}"
         verdict = f"**{verdict}**" if verdict == "missed" else verdict
-        lines.append(f"| {target.what} | {target.work} | {target.precision} | {target.bound:g} | {measured} | {verdict} |")
+        spread = f"{low}-{high}" if ratio is not None else ""
+        lines.append(f"| {target.what} | {target.work} | {target.precision} | {bound} | {middle} | {spread} | {verdict} |")
     return [*lines, ""]
 
 
-def ratio_table(results: targets.Results) -> list[str]:
+def ratio_table(results: targets.Results, here: Hardware) -> list[str]:
     """Returns the table of everybody's step times over those of the loop by hand, medians; one row a work and precision."""
     names = [name for name in PEERS if name != "hand" and any(key[2] == name for key in results)]
     lines = [f"| work | precision | {' | '.join(ALL[name].label for name in names)} |", f"|---|---|{'---|' * len(names)}"]
+    other_dtype = {} if here.gpus else OTHER_DTYPE_ON_CPUS
     for work, precision in dict.fromkeys(key[:2] for key in results):
         if (base := results.get((work, precision, "hand"))) is None:
             continue
         cells = []
         for name in names:
             turns = results.get((work, precision, name))
-            measured = "not run" if turns is None else f"{frame.ratio(turns, base)[0][1]:.2f}"
-            cells.append(OTHER_DTYPE.get((name, precision), measured))
+            measured = "" if turns is None else f"{frame.ratio(turns, base)[0][1]:.2f}"
+            cells.append(other_dtype.get((name, precision), measured))
         lines.append(f"| {work} | {precision} | {' | '.join(cells)} |")
     return [*lines, ""]

@@ -2,8 +2,9 @@
 
 The formulas are the same, term by term; what changes is that slots and weights are read and written once, and that what all
 variables share (learning rate, powers of beta) is computed once. In a small model the operations cost more than the
-arithmetic, in a large one the passes over the memory do. Results differ from Keras's by 1e-5 of an update at most: Adam's
-kernel takes 1 - beta_2 in float32. Sparse gradients, other dtypes than float32, and every other optimizer are left to Keras.
+arithmetic, in a large one the passes over the memory do. Adam's kernel takes 1 - beta_2 in float32, so results differ from
+Keras's: by 1e-5 of an update at most where beta_2 is 0.999, and by ten times that for every further nine. Sparse gradients,
+other dtypes than float32, and every other optimizer are left to Keras.
 
 Keras has no public place for this: its own `update_step` sees one variable. So two private methods and the lists of slots
 are used, here alone; `tests/test_fused_updates.py` fails when they change.

@@ -14,7 +14,8 @@ class LoopLength:
 
     Lengths under "auto" are 1, 2, 5, 10, 20, 50 … accumulation windows, so that most loops end where shorter ones would have.
     They are an argument of the traced function, which is traced once. The first loop is one window, and its time does not
-    count, because tracing comes with it.
+    count, because tracing comes with it. Nor does that of a loop which an evaluation or a checkpoint cut so short that most of
+    it was not steps.
 
     Args:
         trainer: whose loops they are; `config.train.steps_per_loop` is read, and rounded up to whole accumulation windows.
@@ -26,16 +27,21 @@ class LoopLength:
         configured = trainer.config.train.steps_per_loop
         self._auto = configured == "auto"
         self._warm = False
+        self._step = int(trainer.global_step)
         self.steps = self._window if self._auto else math.ceil(configured / self._window) * self._window
 
     def __call__(self, outputs: Mapping[str, float]) -> None:
+        step = int(self._trainer.global_step)
         if self._auto and self._warm:
             seconds_a_step = self._trainer.config.data.batch_size / outputs["examples_per_second"]
-            self._learn(self._trainer.workers.largest(seconds_a_step))  # all workers must end their loops alike
-        self._warm = True
+            seconds_a_step = self._trainer.workers.largest(seconds_a_step)  # all workers must end their loops alike
+            self._learn(step - self._step, seconds_a_step)
+        self._warm, self._step = True, step
 
-    def _learn(self, seconds_a_step: float) -> None:
-        if _TOO_SHORT <= self.steps * seconds_a_step <= _TOO_LONG:
+    def _learn(self, steps: int, seconds_a_step: float) -> None:
+        """Sets the next loop's length by one of so many steps."""
+        cut_short = steps < self.steps and steps * seconds_a_step < _TOO_SHORT
+        if cut_short or _TOO_SHORT <= self.steps * seconds_a_step <= _TOO_LONG:
             return
         windows = self.steps // self._window
         fitting = 1 / (seconds_a_step * self._window)

@@ -1,8 +1,8 @@
 """Processes that run a module as `python -m` does, forked from one that has imported TensorFlow already.
 
-That import takes longer than what most tests then do. What they start is a process like any other: it has its own memory,
-hears signals, can be killed, and ends as Python ends. Only what happens on import is not seen, so what the command prints or
-sets before it needs a process of its own (the fixture `fresh_command`).
+That import takes longer than what most tests then do. What they start has its own memory, hears signals, can be killed, and
+ends as Python ends. Two things differ from a process of its own (the fixture `fresh_command`): what the command prints or sets
+before TensorFlow is imported is not seen, and the hash seed of strings is the same in all of them.
 """
 
 import importlib

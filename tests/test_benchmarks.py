@@ -7,8 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import frame, operations, targets, works
+from benchmarks import frame, operations, report, targets, works
+from mptrain.hardware import Gpu, Hardware
 from tests.conftest import ROOT
+
+PLAIN_CPU = Hardware(cpu_cores=2, cpu_features=("avx2",))
 
 
 def run(module: str, *flags: str) -> subprocess.CompletedProcess:
@@ -44,7 +47,9 @@ def test_the_comparison_measures_the_same_work_and_writes_its_report(tmp_path):
         number = r"[\d.e+-]+"
         assert re.search(rf"^\| {label} (\| {number} ){{6}}\| same \|$", report, re.M), report
     assert re.search(
-        r"^\| mptrain against the loop by hand \| mlp \| float32 \| 1.03 \| [\d.]+ \| \**(met|missed)", report, re.M
+        r"^\| mptrain against the loop by hand \| mlp \| float32 \| ≤ 1.03 \| [\d.]+ \| [\d.]+-[\d.]+ \| \**(met|missed)",
+        report,
+        re.M,
     )
     assert "load average before" in report
     assert out.with_suffix(".json").exists()
@@ -71,19 +76,43 @@ def test_losses_are_compared_where_turns_of_both_end():
     assert frame.difference_of_losses(turns(1, loss=1.1), turns(1, loss=1.0)) == pytest.approx(0.1)
 
 
+def verdicts(results, here=PLAIN_CPU):
+    return {(t.what, t.work, t.precision): verdict for t, _, verdict in targets.rows(results, here)}
+
+
 def test_targets_are_met_missed_or_not_measured():
-    results = {("cnn", "float32", "mptrain"): turns(1, 1, 10), ("cnn", "float32", "keras"): turns(1, 1, 12)}
-    results[("cnn", "float32", "hand")] = turns(1, 1, 10)
-    verdicts = {(t.what, t.work, t.precision): verdict for t, _, verdict in targets.rows(results)}
-    assert verdicts["mptrain against the loop by hand", "cnn", "float32"] == "met"
-    assert verdicts["mptrain against Keras 3 fit", "cnn", "float32"] == "missed"
-    assert verdicts["mptrain against Lightning", "cnn", "float32"] == "not measured"
+    results = {("cnn", "float32", name): turns(1, 1, 10) for name in ("mptrain", "hand", "scaled", "scaled_keras")}
+    results["cnn", "float32", "keras"] = turns(1, 1, 12)
+    found = verdicts(results)
+    assert found["mptrain against the loop by hand", "cnn", "float32"] == "met"
+    assert found["mptrain against Keras 3 fit", "cnn", "float32"] == "missed"
+    assert found["mptrain against Lightning", "cnn", "float32"] == "not measured"
+    assert found["LossScaleOptimizer against Keras 3's", "cnn", "float32"] == "missed"  # as fast is not faster
 
 
-def test_a_profile_shows_the_operations_of_both():
-    lines = operations.table(works.WORKS["cnn"].tiny(), "float32", steps=4)
+def test_targets_are_judged_only_on_the_hardware_that_they_are_for():
+    name = ("mptrain in mixed_bfloat16 against float32", "cnn", "mixed_bfloat16")
+    results = {("cnn", "mixed_bfloat16", "mptrain"): turns(1, 1, 6), ("cnn", "float32", "mptrain"): turns(1, 1, 10)}
+    assert verdicts(results)[name] == "not judged: this CPU has no bf16"
+    assert verdicts(results, Hardware(2, ("avx512_bf16",)))[name] == "met"
+    gpu = Hardware(2, ("avx512_bf16",), gpus=(Gpu("a card", (9, 0)),))
+    assert verdicts(results, gpu)[name] == "a CPU's target"
+    assert "on a CPU" in report.notes(PLAIN_CPU)
+    assert "CPU" not in report.notes(gpu)
+
+
+def test_nothing_counts_as_the_same_where_the_reference_failed():
+    (line,) = report.differing({"hand": "ended without a word", "mptrain": turns(1, 1, 1)}, "hand", "float32")
+    assert "hand, with which all others are compared, failed: ended without a word" in line
+
+
+def test_a_profile_shows_the_operations_of_both_and_says_what_it_does_not_open():
+    names = ("mptrain", "hand", "torch")
+    lines = operations.table({name: operations.profile(name, works.WORKS["cnn"].tiny(), "float32", 4) for name in names})
+    assert re.fullmatch(r"- a step of mptrain: [\d.]+ ms by the clock, [\d.]+ ms in operations", lines[0])
+    assert lines[2] == "- a step of torch: not TensorFlow's, not opened"
     assert any("Conv2DBackpropFilter" in line for line in lines)
-    for line in lines[4:]:
+    for line in lines[6:]:
         assert re.fullmatch(r"\| \w+ (\| [\d.]+ \| \d+% \| \d+ ){2}\|", line)
 
 

@@ -166,3 +166,12 @@ def test_what_an_allocator_says_is_called_out_of_memory():
         "Allocator (GPU_0_bfc) ran out of memory: not a failure\nTraceback (most recent call last):\n  File ...\nValueError: a"
     )
     assert children.reason(logged) == "ValueError: a"
+
+
+def test_the_table_holds_every_work_in_every_precision_and_says_of_each_that_the_time_was_over(capsys):
+    cases = gpu.cases()
+    assert {(work.name, precision) for work, precision in cases} == {(w, p) for w in works.WORKS for p in works.PRECISIONS}
+    assert {work.name for work, _ in cases[:4]} == set(works.WORKS)
+    assert {precision for _, precision in cases[:4]} == set(works.PRECISIONS)
+    assert gpu.peers(cases, ("hand", "mptrain"), end=time.monotonic(), tiny=False) == []
+    assert capsys.readouterr().out.count("\n\nnot run: the time was over\n") == len(cases)

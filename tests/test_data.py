@@ -95,6 +95,26 @@ def test_batches_gathered_many_at_a_time_are_those_gathered_one_by_one(mirrored,
         tf.nest.map_structure(np.testing.assert_array_equal, one, other)
 
 
+def test_batches_of_strings_are_gathered_one_by_one_for_their_size_is_not_known(mirrored):
+    sizes = []
+
+    class Watched(Source):
+        def open(self):
+            read = super().open()
+
+            def watched(numbers):
+                noted = tf.py_function(lambda size: sizes.append(int(size)), [tf.size(numbers)], [])
+                with tf.control_dependencies([noted]):
+                    return read(tf.identity(numbers))
+
+            return watched
+
+    texts = np.array([b"a" * number for number in range(100)], object)
+    batches = TrainingBatches(Watched({"text": texts}), batch_size=8, seed=0, strategy=mirrored(1))
+    next(batches.open(0))
+    assert set(sizes) == {8}
+
+
 def test_arrays_of_different_lengths_are_refused():
     with pytest.raises(InputError, match="same number"):
         Source({"inputs": np.zeros(3), "targets": np.zeros(2)})

@@ -227,17 +227,62 @@ def test_bias_gradient_of_bfloat16_is_exact_in_every_layout_and_shape(format, sh
     assert ours.numpy().tolist() == [2880] * 3
 
 
-def test_sums_of_bfloat16_are_added_up_in_float32():
-    x = tf.ones([1000, 2], tf.bfloat16)
+COUNT = 5000
+FIRST = tf.zeros([COUNT], tf.int32)
+ADDING_UP = {  # each adds COUNT ones up
+    "cumsum": lambda x: tf.cumsum(x)[-1],
+    "unsorted segments": lambda x: tf.math.unsorted_segment_sum(x, FIRST, 1)[0],
+    "segments": lambda x: tf.math.segment_sum(x, FIRST)[0],
+    "mean of segments": lambda x: COUNT * tf.cast(tf.math.segment_mean(x, FIRST)[0], tf.float32),
+    "gradient of gather_nd": lambda x: tf.gradients(tf.gather_nd(x[:1], FIRST[:, tf.newaxis]), x, x)[0][0],
+    "scattered addition": lambda x: tf.tensor_scatter_nd_add(tf.zeros_like(x[:1]), FIRST[:, tf.newaxis], x)[0],
+    "scattered subtraction": lambda x: -tf.tensor_scatter_nd_sub(tf.zeros_like(x[:1]), FIRST[:, tf.newaxis], x)[0],
+    "gradient of resizing": lambda x: tf.raw_ops.ResizeNearestNeighborGrad(
+        grads=tf.reshape(x, [1, 50, 100, 2]), size=[1, 1], align_corners=False, half_pixel_centers=False
+    )[0, 0, 0],
+}
 
-    def sums(x):
-        return tf.cumsum(x)[-1], tf.math.unsorted_segment_sum(x, tf.zeros([1000], tf.int32), 1)[0]
+
+@pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16])
+@pytest.mark.parametrize("name", ADDING_UP)
+def test_sums_of_16_bits_are_added_up_in_float32(name, dtype):
+    with float32_kernels():
+        ours = tf.function(ADDING_UP[name], autograph=False)(tf.ones([COUNT, 2], dtype))
+    assert ours.dtype in (dtype, tf.float32)
+    np.testing.assert_allclose(tf.cast(ours, tf.float32), COUNT, rtol=2**-8)
+
+
+@pytest.mark.parametrize("pool", [tf.nn.avg_pool2d, tf.nn.max_pool2d])
+def test_pools_of_bfloat16_are_added_up_in_float32_where_many_windows_overlap(pool):
+    x = tf.constant(np.random.default_rng(0).permutation(40 * 40).reshape(1, 40, 40, 1), tf.bfloat16)
+
+    def gradient(x, size, stride):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = pool(x, size, stride, "VALID")
+        return tape.gradient(y, x, tf.ones_like(y))
+
+    wanted = gradient(tf.cast(x, tf.float32), 16, 1)
+    with float32_kernels():
+        ours = tf.function(gradient)(x, 16, 1)
+        few = operations(tf.function(gradient), x, 3, 2)
+    np.testing.assert_allclose(tf.cast(ours, tf.float32), wanted, rtol=2**-7)
+    assert not any(dtype == tf.float32 and "Pool" in kind for kind, dtype in few)  # four at most: the fast kernel's
+
+
+def test_conditions_on_a_replaced_operation_hold_for_its_replacement(layer_inputs):
+    x, kernel, _ = layer_inputs
+
+    @tf.function
+    def later(x, kernel):
+        y = tf.nn.conv2d(x, kernel, 1, "VALID")
+        with tf.control_dependencies([y]):
+            return tf.range(3), tf.constant(1.0)
 
     with float32_kernels():
-        ours = tf.function(sums)(x)
-    for each in ours:
-        assert each.dtype == tf.bfloat16
-        assert each.numpy().tolist() == [1000, 1000]
+        graph = later.get_concrete_function(x, kernel).graph
+    conditions = [before.outputs[0].dtype for op in graph.get_operations() for before in op.control_inputs if before.outputs]
+    assert set(conditions) == {tf.float32}  # so the other is pruned
 
 
 def test_largest_of_no_value_stays_the_lowest_float16():

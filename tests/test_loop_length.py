@@ -24,13 +24,21 @@ class SlowTrainer(ModuleTrainer):
             return super().replica_train_step(batch)
 
 
-def length(config, seconds_a_step):
-    """Returns the lengths of the loops under "auto" where a step takes so long."""
-    one = types.SimpleNamespace(config=config, workers=Workers(tf.distribute.get_strategy()))
+def stand_in(config):
+    """Returns what of a Trainer is looked at."""
+    return types.SimpleNamespace(config=config, workers=Workers(tf.distribute.get_strategy()), global_step=tf.Variable(0))
+
+
+def length(config, seconds_a_step, overhead=0.0, boundary=10**9):
+    """Returns the lengths of the loops under "auto" where a step takes so long, and each loop more; none crosses a boundary."""
+    one = stand_in(config)
     loop_length = LoopLength(one)
     lengths = [loop_length.steps]
     for _ in range(12):
-        loop_length({"examples_per_second": config.data.batch_size / seconds_a_step})
+        step = int(one.global_step)
+        steps = min(loop_length.steps, boundary - step % boundary)
+        one.global_step.assign_add(steps)
+        loop_length({"examples_per_second": config.data.batch_size * steps / (steps * seconds_a_step + overhead)})
         lengths.append(loop_length.steps)
     return lengths
 
@@ -54,6 +62,12 @@ def test_lengths_grow_to_a_second_and_stay(config):
     assert set(length(config, 3.0)) == {1}
 
 
+def test_a_loop_cut_short_does_not_make_the_next_ones_short(config):
+    config.train.steps_per_loop = "auto"
+    lengths = length(config, 0.0001, overhead=0.005, boundary=20_003)  # after which one of 3 steps or so would take 50 times
+    assert len(set(lengths[6:])) == 1
+
+
 def test_lengths_of_auto_are_whole_accumulation_windows(config):
     config.train.steps_per_loop, config.optimizer.accumulation_steps = "auto", 3
     lengths = length(config, 0.01)
@@ -63,10 +77,13 @@ def test_lengths_of_auto_are_whole_accumulation_windows(config):
 
 def test_length_that_still_fits_is_kept_when_steps_get_slower(config):
     config.train.steps_per_loop = "auto"
-    one = types.SimpleNamespace(config=config, workers=Workers(tf.distribute.get_strategy()))
+    one = stand_in(config)
     loop_length = LoopLength(one)
-    for seconds in (0.01, 0.01, 0.01, 0.01, 0.015):
-        loop_length({"examples_per_second": config.data.batch_size / seconds})
-    assert loop_length.steps == 100
-    loop_length({"examples_per_second": config.data.batch_size / 0.05})
-    assert loop_length.steps == 20
+
+    def length_after(seconds_a_step):
+        one.global_step.assign_add(loop_length.steps)
+        loop_length({"examples_per_second": config.data.batch_size / seconds_a_step})
+        return loop_length.steps
+
+    assert [length_after(seconds) for seconds in (0.01, 0.01, 0.01, 0.01, 0.015)][-1] == 100
+    assert length_after(0.05) == 20

@@ -44,7 +44,7 @@ def test_signal_saves_says_how_to_go_on_and_the_end_has_the_same_bits(command, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_killed_run_ends_with_the_same_bits(command, tiny, tmp_path, replicas):
+def test_killed_run_ends_with_the_same_bits(command, fresh_command, tiny, tmp_path, replicas):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--config.devices.strategy=mirrored", f"--config.devices.virtual_cpus={replicas}"]
     command(f"--config={tiny}", f"--workdir={whole}", *flags)
@@ -52,7 +52,8 @@ def test_killed_run_ends_with_the_same_bits(command, tiny, tmp_path, replicas):
     process.kill()
     process.communicate(timeout=120)
     assert 300 not in Checkpoints(killed / "checkpoints", {}, keep=1).steps()
-    assert command(f"--config={tiny}", f"--workdir={killed}", *flags).returncode == 0
+    finished = fresh_command(f"--config={tiny}", f"--workdir={killed}", *flags)  # whose hash seed is another one
+    assert finished.returncode == 0, finished.stderr
     assert len(rows(killed, event="resume")) == 1
     assert_same_checkpoint(whole, killed, 300)
     losses = [[row["loss"] for row in rows(folder, split="eval", step=300)] for folder in (whole, killed)]

@@ -1,4 +1,7 @@
-"""PyTorch Lightning: a LightningModule and a DataLoader, trained by `Trainer.fit` with its logging and saving off."""
+"""PyTorch Lightning: a LightningModule and a DataLoader, trained by `Trainer.fit` with its logging and saving off.
+
+As its guides have it, the DataLoader takes one example after another and puts them together; tuned, it gathers a batch at once.
+"""
 
 import logging
 
@@ -12,6 +15,13 @@ from benchmarks.contestants import torch_loop
 from benchmarks.frame import Case
 
 PRECISIONS = {"float32": "32-true", "mixed_bfloat16": "bf16-mixed", "mixed_float16": "16-mixed"}
+
+
+class Batches(TensorDataset):
+    """Gathers all examples of a batch at once, which a DataLoader asks for where it can be asked for."""
+
+    def __getitems__(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor[rows] for tensor in self.tensors)
 
 
 class Module(lightning.LightningModule):
@@ -52,11 +62,15 @@ class Turns(lightning.Callback):
             self.gate.done(float(self.losses) / self.steps)
 
 
-def run(case: Case, gate) -> None:
+def run(case: Case, gate, tuned: str = "") -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     total = sum(case.turns)
     rows = np.load(case.numbers)[:total].tolist()
-    loader = DataLoader(TensorDataset(*torch_loop.tensors(case.work)), batch_sampler=rows)
+    tensors = torch_loop.tensors(case.work)
+    if tuned:
+        loader = DataLoader(Batches(*tensors), batch_sampler=rows, collate_fn=tuple)
+    else:
+        loader = DataLoader(TensorDataset(*tensors), batch_sampler=rows)
     trainer = lightning.Trainer(
         max_steps=total,
         max_epochs=-1,

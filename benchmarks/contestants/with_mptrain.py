@@ -1,4 +1,4 @@
-"""mptrain: a Trainer with the comparison's model and data, trained as a run does it, loop by loop."""
+"""mptrain: a Trainer with the comparison's model and data, trained by `Trainer.train`; nothing is logged or saved."""
 
 import keras
 import tensorflow as tf
@@ -28,7 +28,7 @@ class WorkTrainer(mptrain.Trainer):
         return {"accuracy": keras.metrics.SparseCategoricalAccuracy()}
 
 
-def trainer(work: works.Work, precision: str) -> WorkTrainer:
+def trainer(work: works.Work, precision: str, jit_compile: str | bool = "auto") -> WorkTrainer:
     """Returns the Trainer of a work."""
     config = mptrain.default_config()
     config.seed = works.SEED
@@ -38,12 +38,13 @@ def trainer(work: works.Work, precision: str) -> WorkTrainer:
     config.optimizer.learning_rate = works.LEARNING_RATE
     config.data.batch_size = work.batch_size
     config.train.steps = 1  # of which nothing depends here
+    config.train.jit_compile = jit_compile
     WorkTrainer.work = work
     return WorkTrainer(config)
 
 
-def run(case: Case, gate) -> None:
+def run(case: Case, gate, compiler: str = "") -> None:
     common.no_tf32()
-    ours = trainer(case.work, case.precision)
+    ours = trainer(case.work, case.precision, jit_compile=True if compiler == "xla" else "auto")
     for steps in gate:
         gate.done(ours.train(tf.constant(steps))["loss"])

@@ -8,6 +8,7 @@ minute, whenever one of them goes. Each worker draws its share of the global bat
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import tempfile
@@ -193,7 +194,7 @@ def _numbered(source, batch, examples: int, start: int, end: int) -> tf.data.Dat
     options.autotune.enabled = False  # holds the same thread; and there is nothing to tune
     steps = tf.data.Dataset.range(start, end)
     in_memory = isinstance(source, Source) and source.in_memory
-    many = min(_BYTES_AT_ONCE // max(_bytes(source) * examples, 1), _BATCHES_AT_ONCE) if in_memory else 1
+    many = min(_BYTES_AT_ONCE // (_bytes(source) * examples), _BATCHES_AT_ONCE) if in_memory else 1
 
     def gathered(step):
         return batch(step, read)
@@ -206,9 +207,11 @@ def _numbered(source, batch, examples: int, start: int, end: int) -> tf.data.Dat
     return batches.with_options(options)
 
 
-def _bytes(source: Source) -> int:
-    """Returns how many bytes one example takes."""
-    return sum(spec.shape.num_elements() * spec.dtype.size for spec in source.spec.values())
+def _bytes(source: Source) -> float:
+    """Returns how many bytes one example takes, at least one; infinitely many if it holds strings, whose lengths differ."""
+    if any(spec.dtype == tf.string for spec in source.spec.values()):
+        return math.inf
+    return max(sum(spec.shape.num_elements() * spec.dtype.size for spec in source.spec.values()), 1)
 
 
 @as_written
