@@ -151,6 +151,7 @@ def main() -> None:
     tiny = options.tiny_on_cpu
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # the one card
     os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # for all children, who share it
+    os.environ.setdefault("CUDA_CACHE_MAXSIZE", str(2**32))  # kernels that the driver compiles for one child are there for all
     if not tf.config.list_physical_devices("GPU") and not tiny:
         print("there is no GPU here: benchmarks.gpu needs one (python -m benchmarks compares on a CPU)", file=sys.stderr)
         sys.exit(2)
