@@ -8,19 +8,18 @@ library.
 
 import dataclasses
 import json
-import pathlib
-import select
-import subprocess
+import math
 import sys
-import tempfile
+import time
 
 import numpy as np
 
 from benchmarks import works
+from benchmarks.children import ROOT, Child, Failed
 
-ROOT = pathlib.Path(__file__).parent.parent
 TURN_LIMIT = 600.0  # seconds, after which a contestant has failed, so that nobody waits for one that hangs
 WARM_UP = 2  # turns that do not count: functions are traced, kernels chosen, and mptrain finds out what takes a second
+TURN_SECONDS = 60.0  # that a turn may take where time is short
 TORCH_PYTHON = ROOT / ".venv-bench" / "bin" / "python"  # made by `make bench-torch`; beside TensorFlow, never with it
 
 
@@ -71,12 +70,8 @@ class Turn:
     loss: float
 
 
-class Failed(Exception):
-    """A contestant ended, or cannot run here; the text is one line that says why."""
-
-
-class Contestant:
-    """A process that trains when it is told to; a context manager that ends it.
+class Contestant(Child):
+    """A process that trains when it is told to.
 
     Args:
         name: one of `contestants.ALL`.
@@ -85,23 +80,33 @@ class Contestant:
     def __init__(self, name: str):
         from benchmarks.contestants import ALL
 
-        self.name = name
         python = TORCH_PYTHON if ALL[name].torch and TORCH_PYTHON.exists() else sys.executable
-        self._errors = tempfile.TemporaryFile("w+")
-        command = [str(python), "-m", "benchmarks.contestants", name]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        super().__init__([str(python), "-m", "benchmarks.contestants", name])
+        self.name = name
+        self._turns_left = 0
 
-    def __enter__(self) -> "Contestant":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.wait()
+    @property
+    def free(self) -> bool:
+        """Whether it can be given another case."""
+        return self._turns_left == 0 and not self.ended
 
     def open(self, case: Case) -> None:
         """Makes the contestant ready for a case, as far as it can be without a step."""
-        self._send(case.to_json())
+        self._turns_left = len(case.turns)
+        self.tell(case.to_json())
+
+    def begin_turn(self) -> None:
+        self.tell("turn")
+
+    def end_turn(self, seconds: float = math.inf) -> Turn:
+        """Waits for the turn that the contestant has begun.
+
+        Raises:
+            Failed: if it cannot train, or not in `seconds`.
+        """
+        turn = Turn(**self.answer(seconds))
+        self._turns_left -= 1
+        return turn
 
     def turn(self) -> Turn:
         """Lets the contestant train its next turn of the case.
@@ -109,29 +114,18 @@ class Contestant:
         Raises:
             Failed: if it cannot.
         """
-        self._send("turn")
-        if not select.select([self._process.stdout], [], [], TURN_LIMIT)[0]:
-            self._process.kill()
-            raise Failed(f"a turn took more than {TURN_LIMIT:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            lines = [line for line in self._errors.read().splitlines() if line.strip()]
-            raise Failed(lines[-1] if lines else "ended without a word")
-        reply = json.loads(line)
-        if "failed" in reply:
-            raise Failed(reply["failed"])
-        return Turn(**reply)
-
-    def _send(self, line: str) -> None:
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: the next turn says why
+        self.begin_turn()
+        return self.end_turn(TURN_LIMIT)
 
 
-def compete(case: Case, contestants: dict[str, Contestant], slow: dict[str, tuple[int, ...]]) -> dict[str, list[Turn] | str]:
+def compete(
+    case: Case,
+    contestants: dict[str, Contestant],
+    slow: dict[str, tuple[int, ...]],
+    *,
+    together: int = 0,
+    end: float = math.inf,
+) -> dict[str, list[Turn] | str]:
     """Returns each contestant's turns, warm-up included, or the line that says why there are none.
 
     The order is reversed in every second round.
@@ -140,20 +134,32 @@ def compete(case: Case, contestants: dict[str, Contestant], slow: dict[str, tupl
         case: what to train.
         contestants: name -> process.
         slow: name -> the turns of those that would take all day over the others'.
+        together: rounds of the warm-up in which all have their turn at once, so that they trace side by side.
+        end: of `time.monotonic`, when who is still busy is ended. A round that would last longer is not begun, once each
+            contestant has a turn that counts; no turn may take longer than `TURN_SECONDS` then.
     """
     results: dict[str, list[Turn] | str] = {}
     for name, contestant in contestants.items():
         contestant.open(dataclasses.replace(case, turns=slow.get(name, case.turns)))
         results[name] = []
+    took = 0.0
     for number in range(len(case.turns)):
-        for name in list(contestants)[:: -1 if number % 2 else 1]:
-            turns = results[name]
-            if isinstance(turns, str) or number >= len(slow.get(name, case.turns)):
-                continue
+        start = time.monotonic()
+        if number > WARM_UP and start + took > end:
+            break
+        names = list(contestants)[:: -1 if number % 2 else 1]
+        names = [n for n in names if not isinstance(results[n], str) and number < len(slow.get(n, case.turns))]
+        for name in names if number < together else ():
+            contestants[name].begin_turn()
+        for name in names:
+            if number >= together:
+                contestants[name].begin_turn()
+            seconds = math.inf if end == math.inf else min(TURN_SECONDS, end - time.monotonic())
             try:
-                turns.append(contestants[name].turn())
+                results[name].append(contestants[name].end_turn(seconds))
             except Failed as reason:
                 results[name] = str(reason)
+        took = time.monotonic() - start
     return results
 
 

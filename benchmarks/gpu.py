@@ -1,223 +1,174 @@
-"""Times mptrain's step on a GPU, against the loop by hand, and against what the card's matrix units can do.
+"""Measures on one GPU what `python -m benchmarks` does on a CPU, and models that fill the card against its matrix units.
 
-    python -m benchmarks.gpu [--minutes=4.5]
+    python -m benchmarks.gpu [--minutes=4.5] [--contestants hand mptrain]
 
-First the table of the CPU's works, mptrain by turns with the loop by hand. Then a ResNet-50 on images of ImageNet's shape and a
-transformer of 100 million parameters, in float32 with TF32 on and off, mixed_bfloat16 and mixed_float16: step time, achieved
-FLOP/s against the peak of a large matrix product in the same dtype on the same card, peak memory, and the share of the step
-that loss scaling takes, on against off. Runs unattended in under five minutes on one card of the H100's class; when the time
-is over the remaining rows say so. Without a GPU it says that there is none, with exit status 2.
+First a ResNet-50 on images of ImageNet's shape and a transformer of 100 million parameters, in mixed_float16, mixed_bfloat16
+and float32 with TF32 on and off: step time, achieved FLOP/s against those of a large matrix product in the same dtype on the
+same card, peak memory, and the share of the step that is loss scaling. Then the table of the CPU's comparison: mptrain and its
+peers by turns on the same works and batches, losses compared, here with a float32 that is not TF32.
+
+Takes the first card that it sees. Runs unattended and ends before `--minutes` are over: who is still busy then is ended, and
+the rows and cases that are left say so; more minutes give more of them. What fails says why in its row, in one line. The exit
+status is 1 where something failed for another reason than time or memory, or two contestants did not compute the same, and 2
+where there is no GPU.
 """
 
+# ruff: noqa: E402
 import argparse
-import dataclasses
+import contextlib
+import itertools
+import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 
+START = time.monotonic()  # before TensorFlow's import, which takes some of the time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-import mptrain
-from benchmarks import models, works
-from benchmarks.contestants import by_hand, common
+from benchmarks import frame, machine, report, works
+from benchmarks.children import NO_ANSWER, OUT_OF_MEMORY, Child, Failed
+from benchmarks.contestants import ALL, PEERS
+from benchmarks.gpu_models import MODELS, MODES
 from mptrain.hardware import hardware
 
-TURNS = 6
-MODES = {  # name -> (policy, TF32)
-    "float32": ("float32", False),
-    "float32, TF32": ("float32", True),
-    "mixed_bfloat16": ("mixed_bfloat16", True),
-    "mixed_float16": ("mixed_float16", True),
-}
-DTYPES = {"float32": tf.float32, "mixed_bfloat16": tf.bfloat16, "mixed_float16": tf.float16}
+LARGE_SHARE = 0.65  # of the time, at most, for the large models
+ROW_SECONDS, LEAST_SECONDS = 75.0, 15.0  # the most for a row; the least to begin a row or a case with
+STEPS = {"mlp": 300, "cnn": 150, "resnet": 60, "transformer": 60}  # in a turn
+ROUNDS = 4  # after the warm-up
+TIME_OVER = "not run: the time was over"
+EXPECTED = (TIME_OVER, NO_ANSWER, OUT_OF_MEMORY, "not installed")
+COLUMNS = ("model", "precision", "ms a step", "TFLOP/s", "matrix peak", "of the peak", "GiB", "loss scaling")
+NOTE = """
+Medians, with quartiles in brackets. FLOP/s are the model's (Chowdhery et al., "PaLM", 2022, appendix B): a multiplication and
+an addition in each matrix product and convolution, the backward pass twice the forward one, causal attention without discount,
+and nothing for all else. The peak is the best of a few chains of products of square matrices. GiB are the most that
+TensorFlow's allocator held. The share of loss scaling is that of a step of mptrain against a step, by turns with it, that
+has neither scale nor check of the gradients nor a way back.
+"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Large:
-    """A model that fills a card.
+def quartiles(values: list[float], form: str) -> str:
+    low, middle, high = (format(value, form) for value in values)
+    return f"{middle} ({low} to {high})"
 
-    Attributes:
-        work: its data's shape and batch.
-        build: returns the Keras model.
-        flops: of one step, forward and backward, counting a multiplication and an addition as two.
+
+def row(found: dict) -> list[str]:
+    """Returns the cells of what a row's process measured, behind those of model and mode."""
+    rate = found["flops"] / found["seconds"][1]
+    return [
+        quartiles([1e3 * seconds for seconds in found["seconds"]], ".1f"),
+        f"{rate / 1e12:.3g}",
+        f"{found['peak'] / 1e12:.3g}",
+        f"{rate / found['peak']:.0%}",
+        "not counted" if found["memory"] is None else f"{found['memory'] / 2**30:.1f}",
+        found["scaling"] if isinstance(found["scaling"], str) else quartiles(found["scaling"], ".1%"),
+    ]
+
+
+def large_table(rows: list[tuple[str, str]], end: float, command: list[str], tiny: bool) -> list[str]:
+    """Prints the table of the large models row by row; returns what failed that should not.
+
+    Args:
+        rows: of model and mode.
+        end: of `time.monotonic`, when a row that is not done is ended.
+        command: of a row's process; it is started a row ahead, so that it has imported TensorFlow when its turn comes.
+        tiny: whether models are at their smallest.
     """
-
-    work: works.Work
-    build: Callable[[], keras.Model]
-    flops: float
-
-
-class LargeTrainer(mptrain.Trainer):
-    """Trains `LargeTrainer.large` on one batch of noise after another, all of them made from few examples."""
-
-    large: Large
-
-    def build_model(self):
-        return self.large.build()
-
-    def build_source(self, split):
-        inputs, targets = works.data(self.large.work)
-        return {"inputs": inputs, "targets": targets}
-
-    def compute_loss(self, batch, outputs):
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=batch["targets"], logits=outputs)
-
-
-def resnet(tiny: bool) -> Large:
-    """ResNet-50 (He et al., 2016): 4.09 billion multiplications an image of 224 x 224; a step is three forward passes."""
-    side, batch = (32, 2) if tiny else (224, 128)
-    work = works.Work("resnet50", batch, (side, side, 3), 10 if tiny else 1000, 2 if tiny else 8, 2, {}, examples=2 * batch)
-
-    def build():
-        body = keras.applications.ResNet50(weights=None, include_top=False, pooling="avg", input_shape=work.shape)
-        return keras.Sequential([body, keras.layers.Dense(work.classes, dtype="float32")])
-
-    return Large(work, build, 3 * 2 * 4.09e9 * (side / 224) ** 2 * batch)
+    failed = []
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    with contextlib.ExitStack() as stack:
+        ahead = stack.enter_context(Child(command))
+        for number, (model, mode) in enumerate(rows):
+            seconds, name = min(ROW_SECONDS, end - time.monotonic()), model
+            try:
+                if seconds < LEAST_SECONDS:
+                    raise Failed(TIME_OVER)
+                child = ahead
+                if number + 1 < len(rows):
+                    ahead = stack.enter_context(Child(command))
+                with child:  # whose memory is free for the next one when it has ended
+                    child.tell(json.dumps({"model": model, "mode": mode, "tiny": tiny, "seconds": 0.8 * seconds}))
+                    found = child.answer(seconds)
+                cells, name = row(found), f"{model}, {found['parameters'] / 1e6:.1f} M"
+            except Failed as reason:
+                cells = [str(reason), *[""] * (len(COLUMNS) - 3)]
+                failed += unexpected(f"{model} {mode}", str(reason))
+            print(f"| {' | '.join([name, mode, *cells])} |", flush=True)
+    return failed
 
 
-def transformer(tiny: bool) -> Large:
-    """A decoder of 12 layers, width 832 and context 1,024: 101 million parameters."""
-    layers, width, places, batch = (1, 16, 16, 2) if tiny else (12, 832, 1024, 16)
-    sizes = {"layers": layers, "width": width, "heads": 2 if tiny else 13}
-    work = works.Work("transformer", batch, (places,), 256, 2 if tiny else 6, 2, sizes, examples=2 * batch)
-    parameters = layers * 12 * width**2 + width * (2 * 256 + places)
-    attention = 12 * layers * width * places  # for each byte: scores and mixing, forward and backward
-    return Large(work, lambda: models.build(keras, work), (6 * parameters + attention) * batch * places)
+def peers(cases: list[tuple[works.Work, str]], names: tuple[str, ...], end: float, tiny: bool) -> list[str]:
+    """Prints the tables of the contestants case by case; returns what failed that should not."""
+    failed, contestants = [], {}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for work, precision in cases:
+            title = f"{work.name}, {precision}"
+            if end - time.monotonic() < LEAST_SECONDS:
+                print(f"### {title}\n\n{TIME_OVER}\n", flush=True)
+                continue
+            here = [name for name in names if precision in (ALL[name].precisions or works.PRECISIONS)]
+            for name in here:
+                if name in contestants and not contestants[name].free:
+                    contestants.pop(name).end()
+                if name not in contestants:
+                    contestants[name] = stack.enter_context(frame.Contestant(name))
+            present = {name: contestants[name] for name in here}
+            turns = (work.quick_steps if tiny else STEPS[work.name],) * (frame.WARM_UP + ROUNDS)
+            file = os.path.join(folder, f"{work.name}-{precision}.npy")
+            np.save(file, works.numbers(work, sum(turns)))
+            found = frame.compete(frame.Case(work, precision, turns, file), present, {}, together=1, end=end)
+            reference = "hand" if "hand" in names else names[0]
+            print("\n".join(report.case_table(title, found, reference, precision)), flush=True)
+            for name, result in found.items():
+                failed += unexpected(f"{title}, {ALL[name].label}", result) if isinstance(result, str) else []
+            if not isinstance(found[reference], str):
+                differing = report.differing(found, reference, precision)
+                failed += [f"{title}, {ALL[name].label}: other losses" for name in differing]
+    return failed
 
 
-def trainer(large: Large, policy: str, scaled: bool) -> LargeTrainer:
-    config = mptrain.default_config()
-    config.trainer = f"{__name__}.LargeTrainer"
-    config.precision.policy = policy
-    config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-4
-    config.data.batch_size = large.work.batch_size
-    config.train.steps = 1  # of which nothing depends here
-    if not scaled:
-        config.loss_scale.dynamic, config.loss_scale.initial_scale = False, 1.0
-    LargeTrainer.large = large
-    return LargeTrainer(config)
+def unexpected(what: str, reason: str) -> list[str]:
+    return [] if reason.startswith(EXPECTED) else [f"{what}: {reason}"]
 
 
-def seconds(train, steps: int, turns: int = TURNS) -> np.ndarray:
-    """Returns the seconds a step of some turns, after two that do not count."""
-    found = []
-    for _ in range(turns + 2):
-        start = time.perf_counter()
-        train(steps)  # ends with a loss on the host, so the device is done
-        found.append((time.perf_counter() - start) / steps)
-    return np.array(found[2:])
-
-
-def peak(dtype: tf.DType, tf32: bool, size: int) -> float:
-    """Returns the FLOP/s of a chain of square matrix products, the best of some tries."""
-    tf.config.experimental.enable_tensor_float_32_execution(tf32)
-    count = 20
-
-    @tf.function
-    def chain(x, y):
-        for _ in tf.range(count):
-            x = tf.matmul(x, y)
-        return tf.reduce_sum(tf.cast(x[:1, :1], tf.float32))
-
-    x = tf.cast(tf.random.normal([size, size], stddev=size**-0.5), dtype)
-    best = min(seconds(lambda steps: float(chain(x, x)), 1, turns=4))
-    return 2.0 * size**3 * count / best
-
-
-def memory_peak(device: str | None) -> float:
-    """Returns the most memory in use on the device since the last reset, in GiB; NaN on a CPU, which does not count it."""
-    return tf.config.experimental.get_memory_info(device)["peak"] / 2**30 if device else float("nan")
-
-
-def measured(large: Large, policy: str, scaled: bool) -> tuple[np.ndarray, int]:
-    """Returns the seconds a step of mptrain's turns, and the number of parameters."""
-    ours = trainer(large, policy, scaled)
-    parameters = sum(int(np.prod(variable.shape)) for variable in ours.trainable_variables)
-    return seconds(lambda steps: ours.train(tf.constant(steps)), large.work.steps), parameters
-
-
-def large_row(large: Large, mode: str, matrix_peak: float, device: str | None) -> str:
-    policy, tf32 = MODES[mode]
-    tf.config.experimental.enable_tensor_float_32_execution(tf32)
-    if device:
-        tf.config.experimental.reset_memory_stats(device)
-    on, parameters = measured(large, policy, scaled=True)
-    memory, share = memory_peak(device), "no scaling"
-    if policy == "mixed_float16":
-        off, _ = measured(large, policy, scaled=False)
-        share = f"{1 - np.median(off) / np.median(on):.1%}"
-    low, middle, high = 1e3 * np.quantile(on, [0.25, 0.5, 0.75])
-    rate = large.flops / (middle / 1e3)
-    cells = [f"{middle:.1f} ({low:.1f}-{high:.1f})", f"{rate / 1e12:.1f}", f"{matrix_peak / 1e12:.1f}"]
-    cells += [f"{rate / matrix_peak:.0%}", f"{memory:.1f}", share]
-    return f"| {large.work.name}, {parameters / 1e6:.1f} M | {mode} | {' | '.join(cells)} |"
-
-
-def small_row(work: works.Work, precision: str, steps: int) -> str:
-    """Returns the row of one of the CPU's works: mptrain and the loop by hand by turns."""
-    from benchmarks.contestants import with_mptrain
-    from benchmarks.frame import Case
-
-    file = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"benchmark-{os.getpid()}.npy")
-    np.save(file, works.numbers(work, 64))
-    try:
-        common.set_policy(precision)
-        scaled = precision == "mixed_float16"
-        batches = common.batches(Case(work, precision, (), file))
-        hand = by_hand.loop(models.build(keras, work), batches, scaled=scaled, compiled=False)
-    finally:
-        common.set_policy("float32")
-        os.remove(file)
-    ours = with_mptrain.trainer(work, precision)
-    found = {"hand": [], "mptrain": []}
-    for _ in range(TURNS + 2):
-        for name, train in (("hand", hand), ("mptrain", lambda count: ours.train(tf.constant(count)))):
-            start = time.perf_counter()
-            train(steps)
-            found[name].append((time.perf_counter() - start) / steps)
-    by, mine = (1e3 * np.array(found[name][2:]) for name in ("hand", "mptrain"))
-    low, middle, high = np.quantile(mine / by, [0.25, 0.5, 0.75])
-    return f"| {work.name} | {precision} | {np.median(by):.3g} | {np.median(mine):.3g} | {middle:.2f} ({low:.2f}-{high:.2f}) |"
+def cases() -> list[tuple[works.Work, str]]:
+    """Returns all works in all precisions, so that the first four show each work and each precision."""
+    cycles = zip(itertools.cycle(works.WORKS.values()), itertools.cycle(works.PRECISIONS), strict=True)
+    return list(itertools.islice(cycles, len(works.WORKS) * len(works.PRECISIONS)))  # four and three have no common divisor
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=4.5, help="after which no further row is begun")
+    parser.add_argument("--minutes", type=float, default=4.5, help="after which everything has ended")
+    parser.add_argument("--contestants", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--tiny-on-cpu", action="store_true", help=argparse.SUPPRESS)  # for the test of this file
     options = parser.parse_args()
-    tiny, gpus = options.tiny_on_cpu, tf.config.list_physical_devices("GPU")
-    if not gpus and not tiny:
+    tiny = options.tiny_on_cpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # the one card
+    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # for all children, who share it
+    os.environ.setdefault("CUDA_CACHE_MAXSIZE", str(2**32))  # kernels that the driver compiles for one child are there for all
+    if not tf.config.list_physical_devices("GPU") and not tiny:
         print("there is no GPU here: benchmarks.gpu needs one (python -m benchmarks compares on a CPU)", file=sys.stderr)
         sys.exit(2)
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
-    device = "GPU:0" if gpus and not tiny else None
-    end = time.monotonic() + 60 * options.minutes
-    print(f"{hardware()}\n")
-    peaks = {mode: peak(DTYPES[policy], tf32, 64 if tiny else 8192) for mode, (policy, tf32) in MODES.items()}
-    print("| model | precision | ms a step | TFLOP/s | matrix peak | of the peak | GiB | loss scaling |")
-    print("|---|---|---|---|---|---|---|---|")
-    for large in [transformer(tiny)] if tiny else [transformer(tiny), resnet(tiny)]:
-        for mode in ["float32", "mixed_float16"] if tiny else MODES:
-            print_row(end, (large.work.name, mode), lambda: large_row(large, mode, peaks[mode], device))  # noqa: B023
-    print("\n| work | precision | by hand, ms a step | mptrain | mptrain / by hand |\n|---|---|---|---|---|")
-    tf.config.experimental.enable_tensor_float_32_execution(True)
-    for work in [works.WORKS["mlp"].tiny()] if tiny else works.WORKS.values():
-        for precision in ["mixed_float16"] if tiny else works.PRECISIONS:
-            steps = work.quick_steps if tiny else max(work.quick_steps, 20)
-            print_row(end, (work.name, precision), lambda: small_row(work, precision, steps))  # noqa: B023
-
-
-def print_row(end: float, names: tuple[str, ...], row) -> None:
-    """Prints what `row` returns, unless the time is over."""
-    over = f"| {' | '.join(names)} | not run: the time was over |"
-    print(over if time.monotonic() > end else row(), flush=True)
+    seconds = 60 * options.minutes
+    print("\n".join([*machine.description(), ""]))
+    tf.config.set_visible_devices([], "GPU")  # the card is the children's
+    rows = [("transformer", "mixed_float16"), ("resnet50", "float32")]
+    if not tiny:
+        rows = [(model, mode) for mode in MODES for model in MODELS]
+    command = [sys.executable, "-m", "benchmarks.gpu_models"]
+    failed = large_table(rows, START + LARGE_SHARE * seconds, command, tiny)
+    print(NOTE)
+    print(f"{report.notes(hardware())}\n")
+    chosen = [(works.WORKS["mlp"].tiny(), "mixed_float16")] if tiny else cases()
+    failed += peers(chosen, tuple(options.contestants), START + seconds, tiny)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_a_contestant_that_hangs_has_failed(monkeypatch):
     monkeypatch.setattr(frame, "TURN_LIMIT", 0.1)
     with frame.Contestant("hand") as contestant:  # which imports TensorFlow for longer than that
         contestant.open(frame.Case(works.WORKS["mlp"].tiny(), "float32", (3,), ""))
-        with pytest.raises(frame.Failed, match="a turn took more than 0 s"):
+        with pytest.raises(frame.Failed, match="no answer in time"):
             contestant.turn()
 
 
@@ -141,21 +141,6 @@ def test_works_are_the_same_every_time_they_are_drawn():
         assert inputs.shape == (32, *work.tiny().shape)
         assert len(inputs) == len(targets_)
         np.testing.assert_array_equal(inputs, works.data(work.tiny())[0])
-
-
-def test_without_a_gpu_its_benchmark_says_so_in_one_line():
-    finished = run("gpu")
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert finished.stderr.splitlines()[-1].startswith("there is no GPU here: ")
-
-
-@pytest.mark.slow
-def test_the_benchmark_for_gpus_runs_at_the_smallest_size_on_a_cpu():
-    finished = run("gpu", "--tiny-on-cpu")
-    assert finished.returncode == 0, finished.stderr
-    for name in ("float32", "mixed_float16"):
-        assert re.search(rf"^\| transformer, [\d.]+ M \| {name} \| [\d.]+ \([\d.-]+\) \|", finished.stdout, re.M)
 
 
 @pytest.mark.slow

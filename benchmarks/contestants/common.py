@@ -34,8 +34,14 @@ def batches(case: Case, form=lambda inputs, targets: (inputs, targets)) -> tf.da
     return rows.map(gathered).prefetch(4).with_options(options)
 
 
+def no_tf32() -> None:
+    """Makes float32 on a GPU float32 for everybody, where TensorFlow would multiply TF32's 10 bits and PyTorch would not."""
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
 def set_policy(precision: str) -> None:
     """Makes layers of both Keras generations compute in the precision."""
+    no_tf32()
     keras.config.set_dtype_policy(precision)
     tf_keras.mixed_precision.set_global_policy(precision)
 

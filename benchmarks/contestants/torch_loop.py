@@ -9,6 +9,7 @@ from torch.nn import functional
 from benchmarks import torch_models, works
 from benchmarks.frame import Case
 
+torch.backends.cudnn.allow_tf32 = False  # as for matrix products: float32 is float32 for everybody; for Lightning too
 DTYPES = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
 
 

@@ -5,6 +5,7 @@ import tensorflow as tf
 
 import mptrain
 from benchmarks import models, works
+from benchmarks.contestants import common
 from benchmarks.frame import Case
 
 
@@ -43,6 +44,7 @@ def trainer(work: works.Work, precision: str, jit_compile: str | bool = "auto") 
 
 
 def run(case: Case, gate, compiler: str = "") -> None:
+    common.no_tf32()
     ours = trainer(case.work, case.precision, jit_compile=True if compiler == "xla" else "auto")
     for steps in gate:
         gate.done(ours.train(tf.constant(steps))["loss"])
