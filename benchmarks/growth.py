@@ -130,7 +130,7 @@ def of_variables(rounds: int) -> None:
             "mptrain": train(plain),
             "clipped": train(clipped),
         }
-        found.append(medians(loops, max(4, 4000 // count), rounds))
+        found.append(medians(loops, max(40, 4000 // count), rounds))
         print(f"| {count:,} | {' | '.join(f'{ms:.3f}' for ms in found[-1].values())} |", flush=True)
     last, first = ({name: 1e3 * ms for name, ms in row.items()} for row in (found[-1], found[0]))
     each = {name: (last[name] - first[name]) / (counts[-1] - counts[0]) for name in last}

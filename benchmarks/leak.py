@@ -2,6 +2,8 @@
 
     python -m benchmarks.leak [STEPS]
 
+The model is of Keras and the precision mixed_float16, so losses are scaled, steps guarded and, on a CPU, graphs rewritten.
+
 Prints memory as the steps go by, and ends with status 1 if the second half of them needed more than one MiB more.
 """
 
@@ -15,6 +17,8 @@ import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
+
 import mptrain
 from benchmarks.growth import GrowingTrainer
 
@@ -24,6 +28,10 @@ samples = []  # (step, MiB)
 
 class WatchedTrainer(GrowingTrainer):
     """Notes the memory after each loop."""
+
+    def build_model(self):
+        layers = [keras.layers.Dense(32, "relu"), keras.layers.BatchNormalization(), keras.layers.Dense(16, dtype="float32")]
+        return keras.Sequential([keras.Input((16,)), *layers])
 
     def build_actions(self):
         return [lambda step, outputs: samples.append((step, resident()))]
@@ -40,8 +48,7 @@ def main(steps: int) -> None:
 
     config = mptrain.default_config()
     config.trainer = "benchmarks.leak.WatchedTrainer"
-    config.model.update(variables=0, width=32)
-    config.precision.policy = "float32"
+    config.precision.policy, config.loss_scale.growth_interval = "mixed_float16", 200  # so some steps are skipped all along
     config.data.batch_size = 32
     config.train.steps, config.train.steps_per_loop = steps, max(steps // 500, 1)
     config.eval.every_steps = config.checkpoint.every_steps = max(steps // 20, 1)

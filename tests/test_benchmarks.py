@@ -169,6 +169,21 @@ def test_memory_does_not_grow_over_100_000_steps():
 
 
 @pytest.mark.slow
+def test_a_leak_of_100_bytes_a_step_is_noticed():
+    leaking = """
+from benchmarks import leak
+
+kept, watched = [], leak.WatchedTrainer.build_actions
+leak.WatchedTrainer.build_actions = lambda self: [*watched(self), lambda step, outputs: kept.append(bytes(40 * 105))]
+leak.main(20_000)  # 500 loops of 40 steps
+"""
+    finished = subprocess.run([sys.executable, "-c", leaking], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    growth = float(re.search(r"took (-?\d+\.\d\d) MiB more", finished.stdout)[1])
+    assert growth == pytest.approx(20_000 / 2 * 105 / 2**20, abs=0.5)
+
+
+@pytest.mark.slow
 def test_growth_prints_what_variables_and_examples_cost():
     finished = run("growth", "--rounds=1", "replicas", "examples")
     assert finished.returncode == 0, finished.stderr
