@@ -1,7 +1,7 @@
 """Float32 kernels under 16-bit graphs, for CPUs.
 
 TensorFlow's CPU kernels for float16 are one to two orders of magnitude slower than those for float32 (a convolution's
-filter gradient takes 400 times as long), and XLA's are no better. `float32_kernels()` rewrites every graph that is traced
+filter gradient takes 400 times as long), and so are XLA's convolutions. `float32_kernels()` rewrites every graph that is traced
 inside it: an operation on float16 tensors becomes the same operation in float32, its inputs widened and its result rounded
 back to float16. Every tensor keeps its dtype and its range: what was float16 still overflows at 65,520 and underflows below
 2**-25, the gradient of a float16 layer is float16. Only the arithmetic *inside* one operation is more exact than that of a

@@ -27,11 +27,11 @@ class LoopLength:
         configured = trainer.config.train.steps_per_loop
         self._auto = configured == "auto"
         self._warm = False
-        self._step = int(trainer.global_step)
+        self._step = int(trainer.global_step.numpy())
         self.steps = self._window if self._auto else math.ceil(configured / self._window) * self._window
 
     def __call__(self, outputs: Mapping[str, float]) -> None:
-        step = int(self._trainer.global_step)
+        step = int(self._trainer.global_step.numpy())
         if self._auto and self._warm:
             seconds_a_step = self._trainer.config.data.batch_size / outputs["examples_per_second"]
             seconds_a_step = self._trainer.workers.largest(seconds_a_step)  # all workers must end their loops alike

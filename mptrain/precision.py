@@ -181,10 +181,10 @@ def kernels(float16: bool, jit_compile: str | bool, strategy: tf.distribute.Stra
             raise InputError(
                 "config.train.jit_compile is True with several CPU replicas: XLA cannot compile their all-reduce; write 'auto'"
             )
-        reason = "XLA compiles the step" + ("; its float16 is slow on a CPU" if on_cpu and float16 else "")
+        reason = "XLA compiles the step" + ("; its float16 convolutions are slow on a CPU" if on_cpu and float16 else "")
         return Kernels(True, False, reason, asked)
     if on_cpu and float16:
-        reason = "float16 operations are computed in float32 and rounded; float16 kernels are slow on a CPU, XLA's too"
+        reason = "float16 operations are computed in float32 and rounded: a CPU's own and XLA's are slow"
         return Kernels(False, True, reason, asked)
     reason = "XLA's convolutions are slower than TensorFlow's on a CPU" if on_cpu else "XLA only compiles where it is asked to"
     return Kernels(False, on_cpu, "TensorFlow's kernels" if asked else reason, asked)

@@ -13,7 +13,7 @@ PLAN = """                  Precision plan
   cnn/logits     float32   float32          1,290
 
 precision    mixed_float16 (as configured)
-jit_compile  False (auto): float16 operations are computed in float32 and rounded; float16 kernels are slow on a CPU, XLA's too
+jit_compile  False (auto): float16 operations are computed in float32 and rounded: a CPU's own and XLA's are slow
 """
 
 

@@ -191,7 +191,7 @@ def test_no_float16_run_on_a_cpu_takes_the_slow_kernels(mirrored):
         ("auto", True, "False (auto): float16 operations are computed in float32 and rounded"),
         ("auto", False, "False (auto): XLA's convolutions are slower"),
         (False, False, "False (as configured): TensorFlow's kernels"),
-        (True, True, "True (as configured): XLA compiles the step; its float16 is slow on a CPU"),
+        (True, True, "True (as configured): XLA compiles the step; its float16 convolutions are slow on a CPU"),
     ],
 )
 def test_choice_of_kernels_says_who_chose_and_why(jit_compile, float16, line):
