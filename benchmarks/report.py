@@ -85,17 +85,23 @@ def target_table(results: targets.Results, here: Hardware) -> list[str]:
 
 
 def ratio_table(results: targets.Results, here: Hardware) -> list[str]:
-    """Returns the table of everybody's step times over those of the loop by hand, medians; one row a work and precision."""
+    """Returns the table of everybody's step times over those of the loop by hand, medians; one row a work and precision.
+
+    The fastest is bold.
+    """
     names = [name for name in PEERS if name != "hand" and any(key[2] == name for key in results)]
     lines = [f"| work | precision | {' | '.join(ALL[name].label for name in names)} |", f"|---|---|{'---|' * len(names)}"]
     other_dtype = {} if here.gpus else OTHER_DTYPE_ON_CPUS
     for work, precision in dict.fromkeys(key[:2] for key in results):
         if (base := results.get((work, precision, "hand"))) is None:
             continue
-        cells = []
+        ratios = {}
         for name in names:
             turns = results.get((work, precision, name))
-            measured = "" if turns is None else f"{frame.ratio(turns, base)[0][1]:.2f}"
-            cells.append(other_dtype.get((name, precision), measured))
+            if turns is not None and (name, precision) not in other_dtype:
+                ratios[name] = frame.ratio(turns, base)[0][1]
+        fastest = min(ratios.values(), default=1.0)
+        shown = {name: f"**{ratio:.2f}**" if ratio == fastest < 1 else f"{ratio:.2f}" for name, ratio in ratios.items()}
+        cells = [shown.get(name, other_dtype.get((name, precision), "")) for name in names]
         lines.append(f"| {work} | {precision} | {' | '.join(cells)} |")
     return [*lines, ""]
