@@ -1,5 +1,6 @@
 """Four logical CPU devices for every test, and the small configs that the tests share."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -19,6 +20,10 @@ COMMAND_ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what TensorFlow has made on import, over a million objects, is not looked through in every test
 
 
 @pytest.fixture
@@ -66,6 +71,17 @@ def command():
         return prepared.run("mptrain.main", *flags, env=COMMAND_ENVIRONMENT, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The folder of a whole run of the command with tests.runs.tiny_config, to be left as it is, and the finished process."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "tiny.py").write_text("from tests.runs import tiny_config as get_config\n")
+    flags = (f"--config={place / 'tiny.py'}", f"--workdir={place / 'run'}")
+    finished = prepared.run("mptrain.main", *flags, env=COMMAND_ENVIRONMENT)
+    assert finished.returncode == 0, finished.stderr
+    return place / "run", finished
 
 
 @pytest.fixture

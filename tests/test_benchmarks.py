@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import frame, operations, targets, works
+from tests import prepared
 from tests.conftest import ROOT
 
 
@@ -96,7 +97,7 @@ def test_works_are_the_same_every_time_they_are_drawn():
 
 
 def test_without_a_gpu_its_benchmark_says_so_in_one_line():
-    finished = run("gpu")
+    finished = prepared.run("benchmarks.gpu")
     assert finished.returncode == 2
     assert finished.stdout == ""
     assert finished.stderr.splitlines()[-1].startswith("there is no GPU here: ")

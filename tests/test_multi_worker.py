@@ -91,12 +91,24 @@ def test_overflow_on_either_of_two_workers_skips_the_update_on_both(window):
     assert first["all_reduces"] == (1 if window == 1 else 0)  # with accumulation only at a window's end
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """The folder of a whole run of two workers, and (status, stdout, stderr) of each."""
+    place = tmp_path_factory.mktemp("two")
+    (place / "tiny.py").write_text("from tests.runs import tiny_config as get_config\n")
+    with workers(2, *flags(place / "tiny.py", place / "run")) as processes:
+        return place / "run", ended(processes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_killed_worker_stops_the_rest_and_the_restart_ends_with_the_same_bits(tiny, tmp_path, count):
+def test_killed_worker_stops_the_rest_and_the_restart_ends_with_the_same_bits(request, tiny, tmp_path, count):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    with workers(count, *flags(tiny, whole)) as processes:
-        results = ended(processes)
+    if count == 2:
+        whole, results = request.getfixturevalue("of_two")
+    else:
+        with workers(count, *flags(tiny, whole)) as processes:
+            results = ended(processes)
     assert [status for status, _, _ in results] == [0] * count, results
     assert [bool(stdout) for _, stdout, _ in results] == [True] + [False] * (count - 1)  # only the chief prints
     for index, (_, _, stderr) in enumerate(results):
@@ -122,10 +134,9 @@ def test_killed_worker_stops_the_rest_and_the_restart_ends_with_the_same_bits(ti
 
 
 @pytest.mark.slow
-def test_signal_to_one_worker_saves_and_stops_all_and_the_end_has_the_same_bits(tiny, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    with workers(2, *flags(tiny, whole)) as processes:
-        assert [status for status, _, _ in ended(processes)] == [0, 0]
+def test_signal_to_one_worker_saves_and_stops_all_and_the_end_has_the_same_bits(tiny, tmp_path, of_two):
+    (whole, results), stopped = of_two, tmp_path / "stopped"
+    assert [status for status, _, _ in results] == [0, 0]
     with workers(2, *flags(tiny, stopped)) as processes:
         wait_for_checkpoint(stopped, processes)
         processes[1].send_signal(signal.SIGTERM)
