@@ -22,6 +22,17 @@ tf.config.set_logical_device_configuration(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first in each half: two processes begin with a half each, and so neither ends with them."""
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    halves = ([], [])
+    for file in sorted(files.values(), key=lambda file: all(item.get_closest_marker("slow") is None for item in file)):
+        min(halves, key=len).extend(file)
+    items[:] = halves[0] + halves[1]
+
+
 def pytest_collection_finish():
     gc.freeze()  # what TensorFlow has made on import, over a million objects, is not looked through in every test
 

@@ -197,12 +197,12 @@ def test_two_workers_train_and_evaluate_as_two_replicas_of_one_process_do(comman
 @pytest.mark.slow
 def test_worker_that_goes_away_after_all_had_come_ends_the_others_in_one_line(tiny, tmp_path):
     begin = time.monotonic()
-    timeout = "--config.devices.start_timeout=20"
+    timeout = "--config.devices.start_timeout=10"
     with workers(2, *flags(tiny, tmp_path / "run"), timeout, other_modules={1: "tests.worker_that_leaves"}) as processes:
         (status, stdout, stderr), _ = ended(processes)
     assert time.monotonic() - begin < 60
     assert status == 1
-    assert "mptrain: worker 0 of 2: TensorFlow did not connect the workers within 20 s; start all again\n" in stderr
+    assert "mptrain: worker 0 of 2: TensorFlow did not connect the workers within 10 s; start all again\n" in stderr
     assert len([line for line in stderr.splitlines() if "waiting for" not in line]) == 1, stderr
     assert stdout == ""
 
