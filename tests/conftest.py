@@ -1,5 +1,6 @@
 """Four logical CPU devices for every test, and the small configs that the tests share."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -19,6 +20,21 @@ COMMAND_ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first in each half: two processes begin with a half each, and so neither ends with them."""
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    halves = ([], [])
+    for file in sorted(files.values(), key=lambda file: all(item.get_closest_marker("slow") is None for item in file)):
+        min(halves, key=len).extend(file)
+    items[:] = halves[0] + halves[1]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what TensorFlow has made on import, over a million objects, is not looked through in every test
 
 
 @pytest.fixture
@@ -66,6 +82,17 @@ def command():
         return prepared.run("mptrain.main", *flags, env=COMMAND_ENVIRONMENT, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The folder of a whole run of the command with tests.runs.tiny_config, to be left as it is, and the finished process."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "tiny.py").write_text("from tests.runs import tiny_config as get_config\n")
+    flags = (f"--config={place / 'tiny.py'}", f"--workdir={place / 'run'}")
+    finished = prepared.run("mptrain.main", *flags, env=COMMAND_ENVIRONMENT)
+    assert finished.returncode == 0, finished.stderr
+    return place / "run", finished
 
 
 @pytest.fixture

@@ -1,24 +1,42 @@
 """Processes that run a module as `python -m` does, forked from one that has imported TensorFlow already.
 
-That import takes longer than what most tests then do. What they start has its own memory, hears signals, can be killed, and
-ends as Python ends. Two things differ from a process of its own (the fixture `fresh_command`): what the command prints or sets
-before TensorFlow is imported is not seen, and the hash seed of strings is the same in all of them.
+That import takes longer than what most tests then do. So does AutoGraph's work on the step, a third of a small run, which is
+done before the fork as well. What the tests start has its own memory, hears signals, can be killed, and ends as Python ends.
+Two things differ from a process of its own (the fixture `fresh_command`): what the command prints or sets before TensorFlow is
+imported is not seen, and the hash seed of strings is the same in all of them.
 """
 
+import atexit
+import gc
 import importlib
 import json
 import os
 import pathlib
+import pkgutil
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_IMPORTED = "tensorflow keras tf_keras mptrain.runner mptrain.training_run mptrain.trainer".split()
+_IMPORTED = "tensorflow keras tf_keras jinja2 fsspec pytest mptrain.runner mptrain.training_run mptrain.trainer".split()
+_CONVERTED = {  # what AutoGraph converts in every run
+    "mptrain.train_loop:TrainLoop": "_steps",
+    "mptrain.trainer:Trainer": "inputs augment train_step guarded_step _checked_step replica_train_step update_metrics"
+    " eval_step _checked_eval_step replica_eval_step",
+    "mptrain.state_guard:StateGuard": "__call__",
+    "mptrain.loss_scale:LossScaleOptimizer": "apply_gradients _update _apply",
+    "mptrain.inner_optimizer:InnerOptimizer": "apply",
+    "mptrain.parameter_groups:GroupedOptimizer": "apply_gradients",
+    "mptrain.data.pipeline:TrainingBatches": "_batch",
+    "mptrain.replicas": "merged",
+    "mptrain.keras_compat": "key raw",
+}
 
 
 class Process:
@@ -108,8 +126,25 @@ def _server() -> socket.socket:
     return _servers[0]
 
 
+def _convert(folder: str) -> None:
+    """Has AutoGraph convert `_CONVERTED` into files of `folder`. TensorFlow keeps them, but offers no public way to it."""
+    from tensorflow.python.autograph.core.converter import ConversionOptions, ProgramContext
+    from tensorflow.python.autograph.impl import api
+
+    tempfile.tempdir = folder
+    with mock.patch.object(atexit, "register"):  # or the first child that ends would remove the files of all
+        for owner, names in _CONVERTED.items():
+            for name in names.split():
+                first = name == "_steps"  # which a `tf.function` is made of; it calls the others
+                options = ConversionOptions(recursive=True, user_requested=first, optional_features=None)
+                api._convert_actual(getattr(pkgutil.resolve_name(owner), name), ProgramContext(options))
+
+
 def _serve(connection: socket.socket) -> dict:
     """Forks when it is asked to, until the tests have gone; returns in the children, with what they shall run."""
+    folder = tempfile.mkdtemp()
+    _convert(folder)
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the tests themselves are told
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     woken, wake = os.pipe()
@@ -124,6 +159,7 @@ def _serve(connection: socket.socket) -> dict:
         if connection in ready:
             message, files, _, _ = socket.recv_fds(connection, 1, 4)
             if not message:
+                shutil.rmtree(folder)
                 sys.exit()
             pid = os.fork()
             if not pid:

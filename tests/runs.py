@@ -1,6 +1,5 @@
 """Whole runs of the command: a small config, and what they leave behind."""
 
-import ctypes
 import json
 import time
 
@@ -67,10 +66,3 @@ def mostly_slow(cases, fast=2):
     """Returns test cases of which each starts a process: the first few for `make test-fast`, the others marked slow."""
     cases = list(cases)
     return cases[:fast] + [pytest.param(case, marks=pytest.mark.slow) for case in cases[fast:]]
-
-
-def without_root():
-    """For `preexec_fn`: takes from root the right to pass over file permissions, which other users never had."""
-    libc, drop_from_bounds = ctypes.CDLL(None), 24  # prctl's PR_CAPBSET_DROP
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        libc.prctl(drop_from_bounds, capability, 0, 0, 0)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, real exit statuses, one line for each mistake."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,11 +10,15 @@ from tests.runs import assert_refused, mostly_slow, rows
 
 
 @pytest.mark.parametrize(
-    "precision",
-    ["mixed_float16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixed_bfloat16", "float32"))],
+    ("precision", "process"),
+    [
+        ("mixed_float16", "command"),
+        pytest.param("mixed_bfloat16", "command", marks=pytest.mark.slow),
+        pytest.param("float32", "fresh_command", marks=pytest.mark.slow),
+    ],
 )
-def test_main_job_learns_mnist_in_a_few_steps(fresh_command, tmp_path, precision):
-    finished = fresh_command(
+def test_main_job_learns_mnist_in_a_few_steps(request, tmp_path, precision, process):
+    finished = request.getfixturevalue(process)(
         "--config=configs/mnist.py",
         "--config.train.steps=60",
         f"--config.precision.policy={precision}",
@@ -30,10 +35,8 @@ def test_main_job_learns_mnist_in_a_few_steps(fresh_command, tmp_path, precision
 
 
 @pytest.mark.slow
-def test_run_folder_holds_what_the_design_promises(command, tiny, tmp_path):
-    finished = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
-    assert finished.returncode == 0, finished.stderr
-    folder = tmp_path / "run"
+def test_run_folder_holds_what_the_design_promises(whole_run):
+    folder, _ = whole_run
     names = {path.name for path in folder.iterdir()}
     assert names == {".lock", "config.json", "precision_plan.txt", "metrics.jsonl", "train", "eval", "checkpoints", "report"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"ckpt-260", "ckpt-280", "ckpt-300"}
@@ -58,13 +61,14 @@ def test_every_line_appears_once_and_tensorflow_is_silent(fresh_command, tiny, t
 
 @pytest.mark.slow
 def test_verbosity_1_brings_the_logs_back(fresh_command, tiny, tmp_path):
-    finished = fresh_command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--verbosity=1")
+    finished = fresh_command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--verbosity=1", "--config.train.steps=20")
     assert "train | step:" in finished.stderr
 
 
 @pytest.mark.slow
-def test_finished_run_is_evaluated_and_says_so(command, tiny, tmp_path):
-    first = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
+def test_finished_run_is_evaluated_and_says_so(command, tiny, tmp_path, whole_run):
+    folder, first = whole_run
+    shutil.copytree(folder, tmp_path / "run")
     second = command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}")
     assert second.returncode == 0, second.stderr
     assert "this run is finished: 300 of 300 steps are done" in second.stdout

@@ -91,12 +91,24 @@ def test_overflow_on_either_of_two_workers_skips_the_update_on_both(window):
     assert first["all_reduces"] == (1 if window == 1 else 0)  # with accumulation only at a window's end
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """The folder of a whole run of two workers, and (status, stdout, stderr) of each."""
+    place = tmp_path_factory.mktemp("two")
+    (place / "tiny.py").write_text("from tests.runs import tiny_config as get_config\n")
+    with workers(2, *flags(place / "tiny.py", place / "run")) as processes:
+        return place / "run", ended(processes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_killed_worker_stops_the_rest_and_the_restart_ends_with_the_same_bits(tiny, tmp_path, count):
+def test_killed_worker_stops_the_rest_and_the_restart_ends_with_the_same_bits(request, tiny, tmp_path, count):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    with workers(count, *flags(tiny, whole)) as processes:
-        results = ended(processes)
+    if count == 2:
+        whole, results = request.getfixturevalue("of_two")
+    else:
+        with workers(count, *flags(tiny, whole)) as processes:
+            results = ended(processes)
     assert [status for status, _, _ in results] == [0] * count, results
     assert [bool(stdout) for _, stdout, _ in results] == [True] + [False] * (count - 1)  # only the chief prints
     for index, (_, _, stderr) in enumerate(results):
@@ -122,10 +134,9 @@ def test_killed_worker_stops_the_rest_and_the_restart_ends_with_the_same_bits(ti
 
 
 @pytest.mark.slow
-def test_signal_to_one_worker_saves_and_stops_all_and_the_end_has_the_same_bits(tiny, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    with workers(2, *flags(tiny, whole)) as processes:
-        assert [status for status, _, _ in ended(processes)] == [0, 0]
+def test_signal_to_one_worker_saves_and_stops_all_and_the_end_has_the_same_bits(tiny, tmp_path, of_two):
+    (whole, results), stopped = of_two, tmp_path / "stopped"
+    assert [status for status, _, _ in results] == [0, 0]
     with workers(2, *flags(tiny, stopped)) as processes:
         wait_for_checkpoint(stopped, processes)
         processes[1].send_signal(signal.SIGTERM)
@@ -186,12 +197,12 @@ def test_two_workers_train_and_evaluate_as_two_replicas_of_one_process_do(comman
 @pytest.mark.slow
 def test_worker_that_goes_away_after_all_had_come_ends_the_others_in_one_line(tiny, tmp_path):
     begin = time.monotonic()
-    timeout = "--config.devices.start_timeout=20"
+    timeout = "--config.devices.start_timeout=10"
     with workers(2, *flags(tiny, tmp_path / "run"), timeout, other_modules={1: "tests.worker_that_leaves"}) as processes:
         (status, stdout, stderr), _ = ended(processes)
     assert time.monotonic() - begin < 60
     assert status == 1
-    assert "mptrain: worker 0 of 2: TensorFlow did not connect the workers within 20 s; start all again\n" in stderr
+    assert "mptrain: worker 0 of 2: TensorFlow did not connect the workers within 10 s; start all again\n" in stderr
     assert len([line for line in stderr.splitlines() if "waiting for" not in line]) == 1, stderr
     assert stdout == ""
 

@@ -72,14 +72,9 @@ def test_make_test_runs_the_tests(checkout):
 
 
 @pytest.mark.slow
-def test_resume_command_of_the_readme_proves_what_it_says(tmp_path):
+def test_resume_command_of_the_readme_proves_what_it_says(command, tmp_path):
     (flags,) = re.findall(r"python -m mptrain.main (--config=configs/mnist.py --mode=verify_resume .*)", README)
-    finished = subprocess.run(
-        [sys.executable, "-m", "mptrain.main", *flags.split(), f"--workdir={tmp_path / 'run'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    finished = command(*flags.split(), f"--workdir={tmp_path / 'run'}")
     assert finished.returncode == 0, finished.stderr
     assert "equal to the last bit after 3 kills" in finished.stdout
 

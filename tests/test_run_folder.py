@@ -7,7 +7,9 @@ import pytest
 
 import mptrain
 from mptrain.errors import RunError
-from tests.runs import rows, without_root
+from tests import prepared
+from tests.conftest import COMMAND_ENVIRONMENT
+from tests.runs import rows
 
 
 @pytest.fixture
@@ -73,15 +75,19 @@ def test_file_in_the_place_of_a_folder_is_one_line(config, finished):
     assert (finished / "eval").read_text() == "mine"
 
 
+def unprivileged(*flags):
+    return prepared.run("tests.unprivileged", *flags, env=COMMAND_ENVIRONMENT)
+
+
 @pytest.mark.slow
-def test_evaluation_of_a_folder_that_cannot_be_written_is_printed_and_changes_nothing(command, fresh_command, tiny, tmp_path):
+def test_evaluation_of_a_folder_that_cannot_be_written_is_printed_and_changes_nothing(command, tiny, tmp_path):
     run, flags = tmp_path / "run", [f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=20"]
     command(*flags)
     before, folders = content(run), [run, *(path for path in run.rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
-    evaluated = fresh_command(*flags, "--mode=eval", preexec_fn=without_root)
-    refused = fresh_command(*flags, preexec_fn=without_root)
+    evaluated = unprivileged(*flags, "--mode=eval")
+    refused = unprivileged(*flags)
     for folder in folders:
         folder.chmod(0o755)
     assert evaluated.returncode == 0, evaluated.stderr
@@ -94,7 +100,7 @@ def test_evaluation_of_a_folder_that_cannot_be_written_is_printed_and_changes_no
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), [("checkpoints", 0o000), ("checkpoints", 0o555), ("train", 0o555), ("eval", 0o000)])
-def test_folder_without_permission_ends_the_run_with_one_line(command, fresh_command, tiny, tmp_path, name, mode):
+def test_folder_without_permission_ends_the_run_with_one_line(command, tiny, tmp_path, name, mode):
     run, flags = tmp_path / "run", [f"--config={tiny}", f"--workdir={tmp_path / 'run'}"]
     command(*flags, "--config.train.steps=20")
     before = content(run)
@@ -102,7 +108,7 @@ def test_folder_without_permission_ends_the_run_with_one_line(command, fresh_com
     if mode == 0o555 and name == "checkpoints":
         newest.write_bytes(b"")  # so that it is put aside, which needs the right to rename it
     (run / name).chmod(mode)
-    finished = fresh_command(*flags, "--config.train.steps=60", preexec_fn=without_root)
+    finished = unprivileged(*flags, "--config.train.steps=60")
     (run / name).chmod(0o755)
     assert finished.returncode == 1, finished.stderr
     assert "Traceback" not in finished.stderr
