@@ -17,8 +17,6 @@ import tensorflow as tf
 
 from mptrain.keras_compat import raw
 
-_ALONE, _TOGETHER = 256, 2**16  # elements that Adam's kernel updates by one thread, and that are worth all of them
-
 
 def install(optimizer) -> None:
     """Makes a built Keras 3 optimizer update by fused kernels, if it is one that has such; in a replica, without sums."""
@@ -80,16 +78,16 @@ def _adam(optimizer, pairs: list, rate: tf.Tensor) -> None:
         else:
             _subtract(m, tf.constant(1 - optimizer.beta_1), tf.convert_to_tensor(m) - gradient)
             _subtract(v, tf.constant(1 - optimizer.beta_2), tf.convert_to_tensor(v) - tf.square(gradient))
-            _subtract(variable, alpha, tf.convert_to_tensor(m) / (tf.sqrt(tf.convert_to_tensor(v)) + epsilon))
+            _subtract_scaled(variable, alpha, tf.convert_to_tensor(m), v, epsilon)
 
 
 def _one_kernel_pays(variable) -> bool:
-    """Whether Adam's kernel is faster than its parts, which on a CPU it is for small and for large variables.
+    """Whether Adam's kernel is faster than its parts, which on a CPU it is for large variables alone.
 
-    It takes its cost for a multiple of what it is and calls all threads from 300 elements on: 4,096 take 84 µs of processor
-    time and its parts 16, but 131,072 take 198 and its parts 577. Below that its parts cost twice as much: they are ten.
+    It takes its cost for a multiple of what it is and calls all threads for a few hundred elements already: 4,096 take 84 µs of
+    processor time and its parts 16, but 131,072 take 198 and its parts 577.
     """
-    return "CPU" not in raw(variable).device or not _ALONE < raw(variable).shape.num_elements() < _TOGETHER
+    return "CPU" not in raw(variable).device or raw(variable).shape.num_elements() >= 2**16
 
 
 def _sgd(optimizer, pairs: list, rate: tf.Tensor) -> None:
@@ -121,6 +119,13 @@ def _decay(optimizer, variables: Sequence) -> None:
 def _subtract(variable, factor: tf.Tensor, values: tf.Tensor) -> None:
     """Takes factor * values from a variable, in one operation."""
     tf.raw_ops.ResourceApplyGradientDescent(var=_handle(variable), alpha=factor, delta=values)
+
+
+def _subtract_scaled(variable, factor: tf.Tensor, values: tf.Tensor, squares, epsilon: tf.Tensor) -> None:
+    """Takes factor * values / (sqrt(squares) + epsilon) from a variable, in one operation: Adagrad's, without its own slot."""
+    tf.raw_ops.ResourceApplyAdagradV2(
+        var=_handle(variable), accum=_handle(squares), lr=factor, epsilon=epsilon, grad=values, update_slots=False
+    )
 
 
 def _handle(variable) -> tf.Tensor:
