@@ -45,7 +45,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options, load = parse(), machine.load()
+    options = parse()
+    load = f"{os.getloadavg()[0]:.1f}" if options.tiny else machine.load()
     kinds = ("works", "precisions", "contestants")
     chosen = any(getattr(options, kind) for kind in kinds)
     parts = options.parts or (("peers",) if chosen else document.PARTS)

@@ -24,10 +24,17 @@ QUICK = {
     "contestants": ("hand", "mptrain", "keras", "tf_keras"),
 }
 ALL_OF_THEM = {"works": tuple(works.WORKS), "precisions": works.PRECISIONS, "contestants": PEERS}
-# TensorFlow's float16 kernels of a CPU take seconds a step with convolutions. Two turns of a step say enough.
+# What takes seconds a step on a CPU, as float16 kernels without a rewritten graph do, has two turns of a step that count.
 SLOW_TURNS = (1,) * (frame.WARM_UP + 2)
 _SLOW = ("keras", "keras_tuned", "tf_keras", "orbit")
-SLOW_ON_CPUS = {(work, "mixed_float16"): _SLOW for work in ("cnn", "resnet")}
+SLOW_ON_CPUS = {
+    ("cnn", "mixed_float16"): _SLOW,
+    ("resnet", "mixed_float16"): _SLOW,
+    ("transformer", "mixed_float16"): ("torch",),
+}
+# Who takes several times as long as the others on the smallest work has fewer turns, of the same length.
+SLOWER = {"mlp": ("keras", "tf_keras", "torch", "lightning", "lightning_tuned")}
+SLOWER_ROUNDS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,9 @@ class Comparison:
         steps = work.quick_steps if self._choice.quick else work.steps
         rounds = self._choice.rounds * (SCALING_FACTOR if set(contestants) == set(SCALERS) else 1)
         turns = (steps,) * (frame.WARM_UP + rounds)
-        if slow:  # the others end a turn where the slow ones do, so that losses can be compared
+        few = turns[: frame.WARM_UP + SLOWER_ROUNDS]
+        slow |= {name: few for name in SLOWER.get(work.name, ()) if name in contestants}
+        if SLOW_TURNS in slow.values():  # the others end a turn where the slow ones do, so that losses can be compared
             turns = (len(SLOW_TURNS), *turns[1:])
         file = os.path.join(self._folder, f"{work.name}-{precision}.npy")
         np.save(file, works.numbers(work, sum(turns)))

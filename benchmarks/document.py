@@ -65,7 +65,7 @@ class Document:
 def measured(command: list[str], load: str) -> str:
     """Returns the line that says when and how a section was measured."""
     line = f"`python -m {' '.join(command)}`, {datetime.date.today().isoformat()}, load average before all {load}."
-    return line if float(load) <= 0.5 else f"{line} **The machine was not idle: this is to be measured again.**"
+    return line if float(load) <= machine.IDLE else f"{line} **The machine was not idle: this is to be measured again.**"
 
 
 def run(part: str, quick: bool, load: str) -> list[str]:
