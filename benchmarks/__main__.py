@@ -7,8 +7,8 @@ Measures mptrain beside its peers, then start and memory, growth, a long run and
 also a command of its own (see `document.py`). Takes about 45 minutes on two idle cores, with --quick about six (float32 and
 mixed_float16, two works, no Orbit and no PyTorch). Runs unattended: what fails or is not installed says so in its row, and
 after the time that --minutes gives, no further case is begun. Choosing works, precisions or contestants compares those alone
-and only prints, so that RESULTS.md keeps the others; with --out the file is written. The exit status is 1 where two contestants
-did not compute the same, or where the one that all are compared with failed.
+and only prints; with --out the file is written, and keeps the other cases that RESULTS.json holds of this machine. The exit
+status is 1 where two contestants did not compute the same, or where the one that all are compared with failed.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
             minutes=options.minutes,
         )
         with tempfile.TemporaryDirectory() as folder:
-            comparison = Comparison(choice, folder, file, ["benchmarks", *sys.argv[1:]], load)
+            comparison = Comparison(choice, folder, file, document.measured(["benchmarks", *sys.argv[1:]], load))
             comparison.run()
     for part, (heading, command, _) in document.COMMANDS.items():
         if part in parts:

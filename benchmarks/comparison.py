@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -10,9 +9,10 @@ import time
 
 import numpy as np
 
-from benchmarks import frame, report, targets, works
+from benchmarks import frame, machine, report, targets, works
+from benchmarks.cases import Cases, Measured
 from benchmarks.contestants import ALL, PEERS, SCALERS
-from benchmarks.document import RATIOS, TARGETS, TIMES, WHY, Document, measured
+from benchmarks.document import RATIOS, TARGETS, TIMES, WHY, Document
 from mptrain.hardware import hardware
 
 ROUNDS = 10  # after the warm-up
@@ -24,17 +24,14 @@ QUICK = {
     "contestants": ("hand", "mptrain", "keras", "tf_keras"),
 }
 ALL_OF_THEM = {"works": tuple(works.WORKS), "precisions": works.PRECISIONS, "contestants": PEERS}
-# What takes seconds a step on a CPU, as float16 kernels without a rewritten graph do, has two turns of a step that count.
+# TensorFlow's float16 kernels of a CPU take seconds a step with convolutions. Two turns of a step say enough.
 SLOW_TURNS = (1,) * (frame.WARM_UP + 2)
 _SLOW = ("keras", "keras_tuned", "tf_keras", "orbit")
-SLOW_ON_CPUS = {
-    ("cnn", "mixed_float16"): _SLOW,
-    ("resnet", "mixed_float16"): _SLOW,
-    ("transformer", "mixed_float16"): ("torch",),
-}
-# Who takes several times as long as the others on the smallest work has fewer turns, of the same length.
-SLOWER = {"mlp": ("keras", "tf_keras", "torch", "lightning", "lightning_tuned")}
-SLOWER_ROUNDS = 4
+SLOW_ON_CPUS = {(work, "mixed_float16"): _SLOW for work in ("cnn", "resnet")}
+# Who takes many times as long as the others has fewer turns, of the same length.
+FEW_ROUNDS = 4
+_FEW = ("keras", "tf_keras", "torch", "lightning", "lightning_tuned")
+FEW_ON_CPUS = {("mlp", precision): _FEW for precision in works.PRECISIONS} | {("transformer", "mixed_float16"): ("torch",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,23 +68,21 @@ class Comparison:
         choice: what is compared.
         folder: for the numbers of the examples.
         document: where to write; None: what is measured is only printed.
-        command: that is run, for the document.
-        load: of the machine before all.
+        about: when and how it is measured, in a line.
 
     Attributes:
         differing: who did not compute the same as the reference.
     """
 
-    def __init__(self, choice: Choice, folder: str, document: Document | None, command: list[str], load: str):
+    def __init__(self, choice: Choice, folder: str, document: Document | None, about: str):
         self.differing: list[str] = []
         self._choice = choice
         self._folder = folder
         self._document = document
-        self._about = measured(command, load)
+        self._about = about
         self._here = hardware()
         self._start = time.monotonic()
-        self._results: dict[tuple[str, str, str], list[frame.Turn]] = {}
-        self._tables: list[str] = []
+        self._cases = Cases(document.path.with_suffix(".json") if document else None, "\n".join(machine.description()))
 
     def run(self) -> None:
         """Measures all."""
@@ -96,7 +91,8 @@ class Comparison:
             self._work(work, self._choice.contestants, self._choice.precisions, self._choice.reference, "")
             if name == "cnn" and set(self._choice.contestants) >= {"hand", "mptrain", "keras", "tf_keras"}:
                 self._work(work, SCALERS, ("float32",), "unscaled", ": loss scaling alone")
-        self._write("", profiled=not self._choice.tiny)
+        if self._document and not self._choice.tiny:
+            self._document.put(WHY, self._profiles())
 
     def _work(self, work: works.Work, names: tuple[str, ...], precisions: tuple[str, ...], reference: str, title: str) -> None:
         """Measures one work in several precisions; its contestants live as long as that takes."""
@@ -104,59 +100,49 @@ class Comparison:
             contestants = {name: stack.enter_context(frame.Contestant(name)) for name in names}
             for precision in precisions:
                 if time.monotonic() > self._start + 60 * self._choice.minutes:
-                    self._tables += [f"### {work.name}, {precision}{title}", "", "not run: the time was over", ""]
+                    print(f"### {work.name}, {precision}{title}\n\nnot run: the time was over\n", flush=True)
                     continue
                 present = {
                     name: each for name, each in contestants.items() if precision in (ALL[name].precisions or [precision])
                 }
                 self._case(work, precision, present, reference, title)
-                self._write(f" **It ended after {work.name}, {precision}{title}.**")
+                self._write()
 
     def _case(self, work: works.Work, precision: str, contestants: dict, reference: str, title: str) -> None:
-        slow = {} if self._here.gpus else SLOW_ON_CPUS
-        slow = {name: SLOW_TURNS for name in slow.get((work.name, precision), ()) if name in contestants}
+        key = () if self._here.gpus else (work.name, precision)
+        slow = {name: SLOW_TURNS for name in SLOW_ON_CPUS.get(key, ()) if name in contestants}
         steps = work.quick_steps if self._choice.quick else work.steps
         rounds = self._choice.rounds * (SCALING_FACTOR if set(contestants) == set(SCALERS) else 1)
         turns = (steps,) * (frame.WARM_UP + rounds)
-        few = turns[: frame.WARM_UP + SLOWER_ROUNDS]
-        slow |= {name: few for name in SLOWER.get(work.name, ()) if name in contestants}
-        if SLOW_TURNS in slow.values():  # the others end a turn where the slow ones do, so that losses can be compared
+        if slow:  # the others end a turn where the slow ones do, so that losses can be compared
             turns = (len(SLOW_TURNS), *turns[1:])
+        slow |= {name: turns[: frame.WARM_UP + FEW_ROUNDS] for name in FEW_ON_CPUS.get(key, ()) if name in contestants}
         file = os.path.join(self._folder, f"{work.name}-{precision}.npy")
         np.save(file, works.numbers(work, sum(turns)))
         found = frame.compete(frame.Case(work, precision, turns, file), contestants, slow)
-        table = report.case_table(f"{work.name}, {precision}{title}", found, reference, precision)
-        print("\n".join(table), flush=True)
-        self._tables += table
-        self._results |= {(work.name, precision, name): each for name, each in found.items() if not isinstance(each, str)}
+        self._cases.put(Measured(work.name, precision, title, reference, self._about, found))
+        print("\n".join(report.case_table(f"{work.name}, {precision}{title}", found, reference, precision)), flush=True)
         self.differing += [f"{work.name} {precision}: {name}" for name in report.differing(found, reference, precision)]
 
-    def _write(self, so_far: str, profiled: bool = False) -> None:
-        """Writes the sections of the comparison, and the raw turns beside them."""
+    def _write(self) -> None:
+        """Writes the sections of the comparison."""
         if not self._document:
             return
-        minutes = (time.monotonic() - self._start) / 60
-        first = [self._about, f"It took {minutes:.0f} minutes.{so_far}", ""]
-        note = report.notes(self._here)
-        self._document.put(TARGETS, [*first, *report.target_table(self._results, self._here)])
-        self._document.put(
-            RATIOS,
-            [
-                f"Medians of the ratios of step times; below 1 is faster. {note}",
-                "",
-                *report.ratio_table(self._results, self._here),
-            ],
-        )
-        times = f"Medians over turns, and ratios of neighbouring turns; see `frame.py`. {note}"
-        self._document.put(TIMES, [times, "", *self._tables])
-        self._document.put(WHY, self._profiles() if profiled else [])
-        turns = {"/".join(key): [dataclasses.asdict(turn) for turn in value] for key, value in self._results.items()}
-        self._document.path.with_suffix(".json").write_text(json.dumps(turns))
+        results, note = self._cases.results(), report.notes(self._here)
+        commands = [*dict.fromkeys(case.about for case in self._cases), ""]
+        self._document.put(TARGETS, [*commands, *report.target_table(results, self._here)])
+        ratios = f"Medians of the ratios of step times; below 1 is faster. {note}"
+        self._document.put(RATIOS, [ratios, "", *report.ratio_table(results, self._here)])
+        times = [f"Medians over turns, and ratios of neighbouring turns; see `frame.py`. {note}", ""]
+        for case in self._cases:
+            heading, *table = report.case_table(case.heading, case.found, case.reference, case.precision)
+            times += [heading, "", case.about, *table]
+        self._document.put(TIMES, times)
 
     def _profiles(self) -> list[str]:
         """Returns a profile of both sides of each target that is missed."""
         lines = []
-        for target in targets.missed(self._results, self._here):
+        for target in targets.missed(self._cases.results(), self._here):
             precisions = f"{target.precision}" + (f" against {target.their_precision}" if target.their_precision else "")
             lines += [f"### {target.what}: {target.work}, {precisions}", ""]
             command = [sys.executable, "-m", "benchmarks.operations", target.work, target.precision, target.ours, target.theirs]

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import frame, operations, report, targets, works
+from benchmarks import cases, frame, operations, report, targets, works
 from mptrain.hardware import Gpu, Hardware
 from tests.conftest import ROOT
 
@@ -93,6 +93,22 @@ def test_a_contestant_that_hangs_has_failed(monkeypatch):
         contestant.open(frame.Case(works.WORKS["mlp"].tiny(), "float32", (3,), ""))
         with pytest.raises(frame.Failed, match="no answer in time"):
             contestant.turn()
+
+
+def test_a_case_measured_anew_replaces_its_own_numbers_and_no_others(tmp_path):
+    file = tmp_path / "results.json"
+    before = cases.Cases(file, "this machine")
+    for precision, milliseconds in (("mixed_float16", 2), ("float32", 3)):
+        found = {"hand": turns(1, 1, milliseconds), "torch": "not installed: torch"}
+        before.put(cases.Measured("cnn", precision, "", "hand", "yesterday", found))
+    after = cases.Cases(file, "this machine")
+    assert [case.heading for case in after] == ["cnn, float32", "cnn, mixed_float16"]
+    after.put(cases.Measured("cnn", "float32", "", "hand", "today", {"hand": turns(1, 1, 4)}))
+    first, second = cases.Cases(file, "this machine")
+    assert (first.about, second.about) == ("today", "yesterday")
+    assert second.found == {"hand": turns(1, 1, 2), "torch": "not installed: torch"}
+    assert after.results() == {("cnn", "float32", "hand"): turns(1, 1, 4), ("cnn", "mixed_float16", "hand"): turns(1, 1, 2)}
+    assert not list(cases.Cases(file, "another machine"))
 
 
 def verdicts(results, here=PLAIN_CPU):
