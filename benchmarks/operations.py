@@ -28,6 +28,7 @@ from benchmarks.contestants import ALL
 
 TOP = 12
 PROFILES = 3
+MANY = 20  # steps; of some hundred small ones the profiler loses operations
 WARM_UP = 2  # turns: functions are traced, and mptrain finds out how many steps take a second
 COMPILED = ("ThunkExecutor", "GpuExecutable", "XlaModule")  # events that only what XLA compiled has
 
@@ -151,11 +152,11 @@ def main() -> None:
     parser.add_argument("ours", nargs="?", choices=ALL, default="mptrain")
     parser.add_argument("theirs", nargs="?", choices=ALL, default="hand")
     parser.add_argument("--their-precision", choices=works.PRECISIONS, help="default: the same")
-    parser.add_argument("--steps", type=int, default=0, help="default: a quick turn's")
+    parser.add_argument("--steps", type=int, default=0, help="in a turn; default: those of a quick one, 20 at most")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     work = works.WORKS[options.work].tiny() if options.tiny else works.WORKS[options.work]
-    steps = options.steps or work.quick_steps
+    steps = options.steps or min(work.quick_steps, MANY)
     theirs = options.their_precision or options.precision
     sides = [(options.ours, options.precision), (options.theirs, theirs)]
     labels = [ALL[name].label + (f", {precision}" if theirs != options.precision else "") for name, precision in sides]
