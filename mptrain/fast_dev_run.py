@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import pathlib
+import secrets
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -164,12 +165,14 @@ def _temporary_folder() -> Iterator[pathlib.Path]:
 
     Other temporary files go there too, for TensorFlow leaves its own where a process is ended by a signal.
     """
-    before, folder = tempfile.tempdir, tempfile.mkdtemp(prefix="mptrain-fast_dev_run-")
+    folder = pathlib.Path(tempfile.gettempdir(), f"mptrain-fast_dev_run-{secrets.token_hex(8)}")
     wait_and_remove = ["/bin/sh", "-c", 'read line; rm -rf "$0"', folder]
     remover = subprocess.Popen(wait_and_remove, stdin=subprocess.PIPE, start_new_session=True)
-    tempfile.tempdir = folder
+    before = tempfile.tempdir
     try:
-        yield pathlib.Path(folder)
+        folder.mkdir(0o700)  # not before somebody waits to remove it
+        tempfile.tempdir = str(folder)
+        yield folder
     finally:
         tempfile.tempdir = before
         remover.stdin.close()

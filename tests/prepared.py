@@ -7,6 +7,7 @@ imported is not seen, and the hash seed of strings is the same in all of them.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -83,7 +84,8 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
