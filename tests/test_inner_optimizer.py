@@ -43,6 +43,38 @@ def test_every_kind_of_inner_optimizer_applies_and_skips(inner):
     assert not step(tf.constant([np.nan, 0.0]))
 
 
+class BranchingSgd:
+    """Written as one writes in a `tf.function`: with a tensor behind `if` and `while`."""
+
+    def apply_gradients(self, pairs):
+        for gradient, variable in pairs:
+            if tf.reduce_sum(gradient) > 10.0:
+                while tf.reduce_sum(gradient) > 10.0:
+                    gradient = gradient / 2.0
+            variable.assign_sub(gradient)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_python_control_flow_on_tensors_in_a_users_optimizer_becomes_the_graphs(mirrored, replicas, accumulation_steps):
+    strategy = mirrored(replicas)
+    with strategy.scope():
+        variable = tf.Variable([0.0, 0.0])
+        optimizer = LossScaleOptimizer(BranchingSgd(), accumulation_steps=accumulation_steps)
+        optimizer.build([variable])
+
+    @tf.function
+    def step(gradient):
+        return strategy.run(lambda: optimizer.apply_gradients([(gradient / replicas, variable)]))
+
+    for _ in range(accumulation_steps):
+        step(tf.constant([24.0, 8.0]))
+    np.testing.assert_array_equal(variable.numpy(), [-6.0, -2.0])
+    for _ in range(accumulation_steps):
+        step(tf.constant([1.0, 1.0]))
+    np.testing.assert_array_equal(variable.numpy(), [-7.0, -3.0])
+
+
 @pytest.mark.parametrize("inner", [name for name in INNER if name != "plain object"])
 @pytest.mark.parametrize("replicas", [2, 3, 4])
 def test_gradients_are_summed_once_and_overflow_on_one_replica_skips_all(mirrored, inner, replicas):

@@ -21,6 +21,7 @@ def test_main_job_learns_mnist_in_a_few_steps(request, tmp_path, precision, proc
     finished = request.getfixturevalue(process)(
         "--config=configs/mnist.py",
         "--config.train.steps=60",
+        "--config.eval.steps=4",
         f"--config.precision.policy={precision}",
         f"--workdir={tmp_path / 'run'}",
     )

@@ -101,14 +101,10 @@ def of_two(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_killed_worker_stops_the_rest_and_the_restart_ends_with_the_same_bits(request, tiny, tmp_path, count):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    if count == 2:
-        whole, results = request.getfixturevalue("of_two")
-    else:
-        with workers(count, *flags(tiny, whole)) as processes:
-            results = ended(processes)
+def test_killed_worker_stops_the_rest_and_the_restart_ends_with_the_same_bits(tiny, tmp_path):
+    whole, killed, count = tmp_path / "whole", tmp_path / "killed", 3
+    with workers(count, *flags(tiny, whole)) as processes:
+        results = ended(processes)
     assert [status for status, _, _ in results] == [0] * count, results
     assert [bool(stdout) for _, stdout, _ in results] == [True] + [False] * (count - 1)  # only the chief prints
     for index, (_, _, stderr) in enumerate(results):

@@ -48,14 +48,23 @@ SEEDS = {"train": 1, "eval": 2}
 
 
 class PoisonedTrainer(TinyTrainer):
-    """Puts an inf into one example of the batches that `config.model.poisoned_steps` lists."""
+    """Puts an inf into one example of the batches that `config.model.poisoned_steps` lists.
+
+    Attributes:
+        poisoned_replica: whose; another number may be assigned, as may another `poison`.
+    """
+
+    def build_model(self):
+        self.poisoned_replica = tf.Variable(self.config.model.poisoned_replica, trainable=False)
+        self.poison = tf.Variable(self.config.model.get("poison", np.inf), trainable=False)
+        return super().build_model()
 
     def inputs(self, batch):
         inputs = super().inputs(batch)
         poisoned = tf.reduce_any(tf.constant(self.config.model.poisoned_steps, tf.int64) == self.global_step)
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        here = tf.logical_and(poisoned, tf.equal(replica, self.config.model.poisoned_replica))
-        return inputs * tf.where(here, self.config.model.get("poison", np.inf), 1.0)
+        here = tf.logical_and(poisoned, tf.equal(replica, self.poisoned_replica))
+        return inputs * tf.where(here, self.poison, 1.0)
 
 
 class ScalarLossTrainer(TinyTrainer):
