@@ -76,6 +76,7 @@ def test_reductions_are_counted(ratings, patience, cooldown, count):
 # Early stopping.
 
 
+@pytest.mark.slow
 def test_early_stop_ends_the_run_saved_and_evaluated_and_a_killed_run_ends_at_the_same_step(scripted, tmp_path, capsys):
     config = scripted(3.0, 2.0, 2.0, 1.99, 1.0, 0.5)
     config.early_stop.update(metric="loss", patience=2, min_delta=0.1)

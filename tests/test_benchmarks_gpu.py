@@ -73,6 +73,7 @@ def test_a_long_chain_of_products_neither_grows_nor_vanishes(dtype):
         assert np.abs(gpu_models.products(x, y, tf.constant(3)) - x).max() > 1  # so an even number of them was computed
 
 
+@pytest.mark.slow
 def test_loss_scaling_is_compared_with_the_same_step_that_has_none():
     large = gpu_models.transformer(tiny=True)
     losses, kinds = [], []

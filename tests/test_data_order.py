@@ -59,6 +59,7 @@ def test_the_union_of_all_workers_is_the_global_batch(workers, local):
         np.testing.assert_array_equal(mine, whole[shards[worker].start : shards[worker].stop])
 
 
+@pytest.mark.slow
 def test_every_count_of_workers_up_to_4096_covers_the_batch_without_gap_or_overlap():
     for workers in range(1, 4097):
         batch_size = 2 * workers

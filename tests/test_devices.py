@@ -45,12 +45,14 @@ def test_table_names_the_cpu_and_what_auto_takes_and_tensorflow_is_silent():
     assert "devices.strategy=auto takes one_device" in finished.stdout
 
 
+@pytest.mark.slow
 def test_table_takes_a_tf_config_without_a_cluster_for_none():
     finished = table(TF_CONFIG="{}")
     assert finished.returncode == 0, finished.stderr
     assert "devices.strategy=auto takes one_device" in finished.stdout
 
 
+@pytest.mark.slow
 def test_table_with_a_bad_tf_config_ends_in_one_line():
     finished = table(TF_CONFIG="{")
     assert finished.returncode == 2

@@ -65,6 +65,7 @@ def test_all_parts_work_with_windows_replicas_and_best_checkpoints(config, tempo
     assert config.train.steps == 1200
 
 
+@pytest.mark.slow
 def test_epochs_a_time_limit_a_chosen_export_and_loggers_give_way(config, temporary, capsys):
     config.train.steps, config.train.epochs = None, 2.0
     config.eval.every_steps, config.eval.every_epochs = None, 0.5

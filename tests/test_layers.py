@@ -251,6 +251,7 @@ def test_wrapper_inside_a_wrapped_layer_keeps_its_precision_and_nothing_else_doe
         assert [each.layers[0].compute_dtype, each.layers[1].layer.compute_dtype] == ["float16", "float32"]
 
 
+@pytest.mark.slow
 def test_mptrain_and_its_class_imported_are_enough_to_load(tmp_path):
     functional().save(tmp_path / "model.keras")
     lines = [

@@ -223,6 +223,7 @@ def test_missing_package_is_named_though_a_folder_has_its_name(tmp_path, name):
     assert printed == f"config.log.loggers names {name!r}, which is not installed: pip install 'mptrain[{name}]' False\n"
 
 
+@pytest.mark.slow
 def test_nothing_of_a_service_is_imported_when_it_is_off():
     code = "import sys; import mptrain.runner; print(sorted({'wandb', 'mlflow'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"

@@ -9,13 +9,9 @@ from mptrain.checkpoints import Checkpoints
 from tests.runs import assert_refused, mostly_slow, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "process"),
-    [
-        ("mixed_float16", "command"),
-        pytest.param("mixed_bfloat16", "command", marks=pytest.mark.slow),
-        pytest.param("float32", "fresh_command", marks=pytest.mark.slow),
-    ],
+    ("precision", "process"), [("mixed_float16", "command"), ("mixed_bfloat16", "command"), ("float32", "fresh_command")]
 )
 def test_main_job_learns_mnist_in_a_few_steps(request, tmp_path, precision, process):
     finished = request.getfixturevalue(process)(

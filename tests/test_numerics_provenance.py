@@ -96,6 +96,7 @@ def test_infinite_input_is_not_called_an_overflow_of_float16(overflowing, tmp_pa
     assert "is not finite in float32 either" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_generator_of_the_users_own_goes_on_as_if_nothing_had_looked(overflowing, tmp_path):
     for look in (True, False):
         config = overflowing("tests.sick_trainers.KeywordTrainer", **{"numerics.provenance": look})
@@ -104,6 +105,7 @@ def test_generator_of_the_users_own_goes_on_as_if_nothing_had_looked(overflowing
     assert_same_checkpoint(tmp_path / "True", tmp_path / "False", 40)
 
 
+@pytest.mark.slow
 def test_step_that_cannot_be_looked_at_trains_on(overflowing, tmp_path, capfd):
     for name in ("FunctionTrainer", "FailingLookTrainer"):
         mptrain.run(overflowing(f"tests.sick_trainers.{name}"), tmp_path / name)

@@ -147,6 +147,7 @@ def tiny(config):
     return config
 
 
+@pytest.mark.slow
 def test_run_with_groups_resumes_exactly_on_two_replicas_and_says_what_is_frozen(config, tmp_path, capsys):
     tiny(config)
     runner.run(config, tmp_path / "straight", "train")

@@ -50,6 +50,7 @@ def test_fifty_steps_on_replicas_equal_those_on_one_with_everything_on(everythin
     assert outputs["applied_steps"] == 25
 
 
+@pytest.mark.slow
 def test_batch_norm_normalizes_each_replicas_share_alone_unless_told_otherwise(everything, mirrored):
     everything.devices.sync_batch_norm = False
     alone, _ = trained(EvenTrainer, everything, mirrored(1))

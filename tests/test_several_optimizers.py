@@ -106,6 +106,7 @@ def test_skipped_update_takes_back_its_own_part_and_leaves_the_others_applied(co
     assert outputs["loss_scale"] == outputs[f"{other}/loss_scale"] == 2.0**10
 
 
+@pytest.mark.slow
 def test_run_logs_both_loss_scales_names_who_skipped_and_looks_into_it(tmp_path):
     config = tiny_config()
     config.trainer = f"{__name__}.ImpatientTrainer"
