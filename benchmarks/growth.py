@@ -75,7 +75,8 @@ def trainer(variables: int = 0, width: int = 0, clip_norm: float = 0.0, replicas
     config.optimizer.clip_norm = clip_norm
     config.data.batch_size = BATCH_SIZE
     config.train.steps = 1  # of which nothing depends here
-    config.devices.strategy, config.devices.virtual_cpus = "mirrored", replicas
+    if replicas > 1:
+        config.devices.strategy, config.devices.virtual_cpus = "mirrored", replicas
     return GrowingTrainer(config)
 
 
