@@ -10,7 +10,10 @@ bias that is added to it are one operation in this, as they are in every fused k
 
 TensorFlow's CPU kernels for bfloat16 are fast, and most add up in float32. Those that add up in bfloat16, in which 256 + 1 is
 256, are replaced too: the gradient of a bias in a convolution comes out of them 60 % off, that of a much used row of
-`tf.gather_nd` 97 %.
+`tf.gather_nd` 97 %. The fast kernels for convolutions and products are oneDNN's, which TensorFlow asks for bfloat16 only where
+the CPU has avx512f. Elsewhere a convolution takes up to 20 times as long as in float32 and is up to 5 % off, and a product's
+last bits are cut off, not rounded, so those can be replaced as well. What is computed element by element is rounded once
+in bfloat16's own kernels, and would only become slower.
 
 The rewriting works on the traced graph, below Keras and below `tf.Module`, because nothing above it sees the backward pass.
 It needs private doors of TensorFlow, all used in this file alone: the list of graph transforms that `tf.function` calls after
@@ -18,6 +21,7 @@ tracing, and the methods of `Operation` that change its inputs. `tests/test_half
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 
@@ -45,30 +49,42 @@ _ROUNDED = frozenset(
     " Tanh TanhGrad TensorScatterAdd TensorScatterSub UnsortedSegmentProd UnsortedSegmentSum".split()
 )
 _ADDED_UP_IN_BFLOAT16 = frozenset(  # or multiplied
-    "BiasAddGrad Cumprod Cumsum CumulativeLogsumexp Prod ResizeNearestNeighborGrad ScatterNd SegmentMean SegmentProd SegmentSum"
-    " TensorScatterAdd TensorScatterSub UnsortedSegmentProd UnsortedSegmentSum".split()
+    "BiasAddGrad Cumprod Cumsum CumulativeLogsumexp DepthwiseConv2dNativeBackpropFilter Prod ResizeNearestNeighborGrad"
+    " ScatterNd SegmentMean SegmentProd SegmentSum TensorScatterAdd TensorScatterSub UnsortedSegmentProd"
+    " UnsortedSegmentSum".split()
 )
-# These too, but only as many numbers as windows overlap; and their fast kernels are worth keeping where those are few.
+# These too, but only the numbers in a window, or as many as windows overlap; bfloat16's kernels stay where those are few.
+_ADDED_UP_IN_WINDOWS = frozenset("AvgPool AvgPool3D".split())
 _ADDED_UP_WHERE_WINDOWS_OVERLAP = frozenset("AvgPool3DGrad AvgPoolGrad MaxPool3DGrad MaxPoolGrad".split())
-_FEW_WINDOWS = 4  # as of size 3 at stride 2
+_FEW_ADDITIONS = 4  # as in a window of size 2, or where windows of size 3 overlap at stride 2
+_PRODUCTS = frozenset(
+    "BatchMatMulV2 BatchMatMulV3 Conv2D Conv2DBackpropFilter Conv2DBackpropInput Conv3D Conv3DBackpropFilterV2"
+    " Conv3DBackpropInputV2 DepthwiseConv2dNative DepthwiseConv2dNativeBackpropFilter DepthwiseConv2dNativeBackpropInput Einsum"
+    " MatMul".split()
+)
 _SIXTEEN_BITS = (tf.float16, tf.bfloat16)
 # A convolution or product and the bias added to it are rounded once, as every fused kernel does.
 _FUSED_WITH_ADDITION = frozenset("Conv2D Conv3D DepthwiseConv2dNative MatMul BatchMatMulV2 BatchMatMulV3".split())
 
 
 @contextlib.contextmanager
-def float32_kernels() -> Iterator[None]:
-    """Rewrites every graph traced inside this context; a call of a `tf.function` traced before it is left as it was."""
-    transform.FUNC_GRAPH_TRANSFORMS.append(_rewrite)
+def float32_kernels(bfloat16_products: bool = False) -> Iterator[None]:
+    """Rewrites every graph traced inside this context; a call of a `tf.function` traced before it is left as it was.
+
+    Args:
+        bfloat16_products: whether bfloat16's convolutions and products are replaced too.
+    """
+    rewrite = functools.partial(_rewrite, bfloat16_products=bfloat16_products)
+    transform.FUNC_GRAPH_TRANSFORMS.append(rewrite)
     try:
         yield
     finally:
-        transform.FUNC_GRAPH_TRANSFORMS.remove(_rewrite)
+        transform.FUNC_GRAPH_TRANSFORMS.remove(rewrite)
 
 
-def _rewrite(graph: tf.Graph) -> None:
+def _rewrite(graph: tf.Graph, bfloat16_products: bool) -> None:
     """Replaces the 16-bit operations of `graph` in place; the replaced ones lose their consumers and are pruned."""
-    old = [op for op in graph.get_operations() if _is_replaced(op)]
+    old = [op for op in graph.get_operations() if _is_replaced(op, bfloat16_products)]
     if not old:
         return
     rewriting = _Rewriting(graph)
@@ -86,15 +102,18 @@ def _rewrite(graph: tf.Graph) -> None:
     graph.outputs = [rewriting.half.get(tensor.ref(), tensor) for tensor in graph.outputs]
 
 
-def _is_replaced(op: tf.Operation) -> bool:
+def _is_replaced(op: tf.Operation, bfloat16_products: bool) -> bool:
     dtypes = {tensor.dtype for tensor in (*op.inputs, *op.outputs)}
-    known = op.type in _EXACT or op.type in _ROUNDED
-    return known and tf.float16 in dtypes or tf.bfloat16 in dtypes and _adds_up_in_bfloat16(op)
+    if tf.bfloat16 in dtypes and (_adds_up_in_bfloat16(op) or bfloat16_products and op.type in _PRODUCTS):
+        return True
+    return tf.float16 in dtypes and (op.type in _EXACT or op.type in _ROUNDED)
 
 
 def _adds_up_in_bfloat16(op: tf.Operation) -> bool:
+    if op.type in _ADDED_UP_IN_WINDOWS:
+        return math.prod(op.get_attr("ksize")) > _FEW_ADDITIONS
     if op.type in _ADDED_UP_WHERE_WINDOWS_OVERLAP:
-        return _overlapping(op) > _FEW_WINDOWS
+        return _overlapping(op) > _FEW_ADDITIONS
     return op.type in _ADDED_UP_IN_BFLOAT16
 
 

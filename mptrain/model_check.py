@@ -102,10 +102,11 @@ def check_is_float32(what: str, tree, remedy: str) -> None:
             raise InputError(f"{what} is {value.dtype.name}: {remedy}")
 
 
-def uses_float16(precision: Precision, model, forward: Forward) -> bool:
-    """Whether gradients can underflow, so that the loss must be scaled: whether anything is computed in float16."""
-    layers = any(row.compute_dtype == "float16" for row in precision_lib.plan(model))
-    return precision.compute_dtype == tf.float16 or tf.float16 in forward.dtypes or layers
+def sixteen_bits(precision: Precision, model, forward: Forward) -> frozenset[tf.DType]:
+    """Returns the 16-bit dtypes in which anything is computed."""
+    layers = {row.compute_dtype for row in precision_lib.plan(model)}
+    used = {precision.compute_dtype, *forward.dtypes}
+    return frozenset(dtype for dtype in SIXTEEN_BITS if dtype in used or dtype.name in layers)
 
 
 def check(precision: Precision, model, forward: Forward, held: Iterable = ()) -> list[str]:

@@ -8,7 +8,7 @@ Training" (2018).
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import tensorflow as tf
@@ -148,28 +148,33 @@ class Kernels:
         widen: whether 16-bit operations that are slow or inexact are computed in float32 and rounded (see `half_kernels`).
         reason: why, in one line.
         asked: whether the config says so; else it says "auto".
+        widen_products: whether bfloat16's convolutions and products are among them.
     """
 
     jit_compile: bool
     widen: bool
     reason: str
     asked: bool
+    widen_products: bool = False
 
     def __str__(self) -> str:
         return f"{self.jit_compile} ({'as configured' if self.asked else 'auto'}): {self.reason}"
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Returns the context in which train and evaluation steps are traced."""
-        return half_kernels.float32_kernels() if self.widen else contextlib.nullcontext()
+        return half_kernels.float32_kernels(self.widen_products) if self.widen else contextlib.nullcontext()
 
 
-def kernels(float16: bool, jit_compile: str | bool, strategy: tf.distribute.Strategy) -> Kernels:
-    """Chooses the kernels from dtype and hardware, so that no float16 run on a CPU takes a slow path unasked.
+def kernels(
+    dtypes: Collection[tf.DType], jit_compile: str | bool, strategy: tf.distribute.Strategy, on: Hardware | None = None
+) -> Kernels:
+    """Chooses the kernels from dtypes and hardware, so that no 16-bit run on a CPU takes a slow path unasked.
 
     Args:
-        float16: whether anything is computed in float16.
+        dtypes: what is computed in; only 16-bit dtypes matter.
         jit_compile: "auto", True or False.
         strategy: the run's strategy.
+        on: the hardware; default: this host's.
 
     Raises:
         InputError: if XLA was asked for where it cannot compile the step.
@@ -181,13 +186,21 @@ def kernels(float16: bool, jit_compile: str | bool, strategy: tf.distribute.Stra
             raise InputError(
                 "config.train.jit_compile is True with several CPU replicas: XLA cannot compile their all-reduce; write 'auto'"
             )
-        reason = "XLA compiles the step" + ("; its float16 convolutions are slow on a CPU" if on_cpu and float16 else "")
-        return Kernels(True, False, reason, asked)
-    if on_cpu and float16:
+        slow = on_cpu and tf.float16 in dtypes
+        return Kernels(True, False, "XLA compiles the step" + "; its float16 convolutions are slow on a CPU" * slow, asked)
+    # Where TensorFlow gives bfloat16 to oneDNN. A CPU of unknown features gets exact sums before fast ones.
+    widen_products = on_cpu and "avx512f" not in (on or hardware()).cpu_features
+    if on_cpu and tf.float16 in dtypes:
         reason = "float16 operations are computed in float32 and rounded: a CPU's own and XLA's are slow"
-        return Kernels(False, True, reason, asked)
-    reason = "XLA's convolutions are slower than TensorFlow's on a CPU" if on_cpu else "XLA only compiles where it is asked to"
-    return Kernels(False, on_cpu, "TensorFlow's kernels" if asked else reason, asked)
+    elif widen_products and tf.bfloat16 in dtypes:
+        reason = "bfloat16 products are computed in float32 and rounded: without avx512f a CPU's own are slow and inexact"
+    elif asked:
+        reason = "TensorFlow's kernels"
+    elif on_cpu:
+        reason = "XLA's convolutions are slower than TensorFlow's on a CPU"
+    else:
+        reason = "XLA only compiles where it is asked to"
+    return Kernels(False, on_cpu, reason, asked, widen_products)
 
 
 @dataclasses.dataclass(frozen=True)

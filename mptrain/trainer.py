@@ -4,7 +4,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import keras
 import tensorflow as tf
@@ -30,6 +30,7 @@ from mptrain import (
 from mptrain.autograph import as_written
 from mptrain.errors import InputError
 from mptrain.eval_loop import EvalLoop
+from mptrain.forward_graph import SIXTEEN_BITS
 from mptrain.loss_scale import LossScaleOptimizer
 from mptrain.orbit_import import orbit
 from mptrain.randomness import StepRandomness
@@ -104,12 +105,12 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             self.metrics = {"loss": keras.metrics.Mean("loss"), **trainer_check.other_metrics(self)}
         metric_check.check(config, self.metrics)
         self.randomness.bind(self.model)
-        with self._kernels_for(float16=True).scope():  # which only touches what is float16
+        with self._kernels_for(SIXTEEN_BITS).scope():  # which only touches what is 16 bits wide
             own_step = type(self).replica_train_step is not Trainer.replica_train_step
             forward = model_check.forward(self, own_step=own_step)
         self.precision_warnings = model_check.check(self.precision, self.model, forward, held)
-        self.uses_float16 = model_check.uses_float16(self.precision, self.model, forward)
-        self.kernels = self._kernels_for(self.uses_float16)
+        self.sixteen_bits = model_check.sixteen_bits(self.precision, self.model, forward)
+        self.kernels = self._kernels_for(self.sixteen_bits)
         with self.strategy.scope():
             parameter_groups.check(self.config.optimizer.groups, self.trainable_variables)
             self.optimizer = trainer_check.optimizer(self, own_step)
@@ -383,8 +384,13 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
 
     # The rest.
 
-    def _kernels_for(self, float16: bool) -> precision.Kernels:
-        return precision.kernels(float16, self.config.train.jit_compile, self.strategy)
+    @property
+    def uses_float16(self) -> bool:
+        """Whether gradients can underflow, so that the loss must be scaled: whether anything is computed in float16."""
+        return tf.float16 in self.sixteen_bits
+
+    def _kernels_for(self, dtypes: Collection[tf.DType]) -> precision.Kernels:
+        return precision.kernels(dtypes, self.config.train.jit_compile, self.strategy)
 
     @functools.cached_property
     def _step_function(self):

@@ -267,7 +267,103 @@ def test_pools_of_bfloat16_are_added_up_in_float32_where_many_windows_overlap(po
         ours = tf.function(gradient)(x, 16, 1)
         few = operations(tf.function(gradient), x, 3, 2)
     np.testing.assert_allclose(tf.cast(ours, tf.float32), wanted, rtol=2**-7)
-    assert not any(dtype == tf.float32 and "Pool" in kind for kind, dtype in few)  # four at most: the fast kernel's
+    assert not any(dtype == tf.float32 and "PoolGrad" in kind for kind, dtype in few)  # four at most: the fast kernel's
+
+
+def positive(*shape):
+    """Numbers as behind a ReLU: of one sign, so that a sum grows with the count."""
+    return tf.constant(np.abs(np.random.default_rng(0).normal(size=shape)), tf.bfloat16)
+
+
+def largest_error(function, *args, **options):
+    """Returns the largest error in bfloat16 under the float32 kernels, as a fraction of the largest value."""
+    wanted = function(*(tf.cast(x, tf.float32) for x in args))
+    with float32_kernels(**options):
+        ours = tf.function(function, autograph=False)(*args)
+    assert ours.dtype == tf.bfloat16
+    return np.abs(tf.cast(ours, tf.float32) - wanted).max() / np.abs(wanted).max()
+
+
+ONES = {4: [1] * 4, 5: [1] * 5}
+IMAGES, VOLUMES = positive(16, 16, 16, 8), positive(4, 8, 8, 8, 4)
+LARGE_SUMS = {  # in which Eigen's kernels lose bits, or all but 256
+    "average pool": (lambda x: tf.nn.avg_pool2d(x, 32, 32, "VALID"), positive(2, 32, 32, 4)),
+    "average pool of few": (lambda x: tf.nn.avg_pool2d(x, 3, 1, "SAME"), IMAGES),
+    "average pool in 3-D": (lambda x: tf.nn.avg_pool3d(x, 16, 16, "VALID"), positive(2, 16, 16, 16, 2)),
+    "depthwise filter": (
+        lambda x: tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+            input=x, filter_sizes=[3, 3, 8, 1], out_backprop=x, strides=ONES[4], padding="SAME"
+        ),
+        IMAGES,
+    ),
+}
+PRODUCTS = {
+    "depthwise": (lambda x, k: tf.nn.depthwise_conv2d(x, k, ONES[4], "SAME"), IMAGES, positive(7, 7, 8, 1)),
+    "depthwise input": (
+        lambda x, k: tf.raw_ops.DepthwiseConv2dNativeBackpropInput(
+            input_sizes=x.shape, filter=k, out_backprop=x, strides=ONES[4], padding="SAME"
+        ),
+        IMAGES,
+        positive(7, 7, 8, 1),
+    ),
+    "convolution": (lambda x, k: tf.nn.conv2d(x, k, 1, "SAME"), IMAGES, positive(3, 3, 8, 8)),
+    "convolution's input": (
+        lambda x, k: tf.raw_ops.Conv2DBackpropInput(
+            input_sizes=x.shape, filter=k, out_backprop=x, strides=ONES[4], padding="SAME"
+        ),
+        IMAGES,
+        positive(3, 3, 8, 8),
+    ),
+    "convolution's filter": (
+        lambda x: tf.raw_ops.Conv2DBackpropFilter(
+            input=x, filter_sizes=[3, 3, 8, 8], out_backprop=x, strides=ONES[4], padding="SAME"
+        ),
+        IMAGES,
+    ),
+    "convolution in 3-D": (lambda x, k: tf.nn.conv3d(x, k, ONES[5], "SAME"), VOLUMES, positive(3, 3, 3, 4, 4)),
+    "its input in 3-D": (
+        lambda x, k: tf.raw_ops.Conv3DBackpropInputV2(
+            input_sizes=x.shape, filter=k, out_backprop=x, strides=ONES[5], padding="SAME"
+        ),
+        VOLUMES,
+        positive(3, 3, 3, 4, 4),
+    ),
+    "its filter in 3-D": (
+        lambda x: tf.raw_ops.Conv3DBackpropFilterV2(
+            input=x, filter_sizes=[3, 3, 3, 4, 4], out_backprop=x, strides=ONES[5], padding="SAME"
+        ),
+        VOLUMES,
+    ),
+    "product": (lambda x: tf.matmul(x, x, transpose_a=True), positive(4096, 8)),
+    "products": (lambda x: tf.matmul(x, x, transpose_a=True), positive(2, 4096, 8)),
+    "einsum": (lambda x: tf.einsum("abc,abd->acd", x, x), positive(2, 4096, 8)),
+}
+HALF_A_STEP = 2.0**-8  # bfloat16's rounding
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("name", LARGE_SUMS)
+def test_large_sums_of_bfloat16_are_rounded_once(name, products):
+    assert largest_error(*LARGE_SUMS[name], bfloat16_products=products) <= HALF_A_STEP
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_bfloat16_are_rounded_once_where_that_is_asked_for(name):
+    assert largest_error(*PRODUCTS[name], bfloat16_products=True) <= HALF_A_STEP
+
+
+def test_products_of_bfloat16_keep_their_kernels_where_nothing_is_asked_for():
+    function, *args = PRODUCTS["convolution's filter"]
+    with float32_kernels():
+        assert ("Conv2DBackpropFilter", tf.float32) not in operations(tf.function(function), *args)
+
+
+def test_small_pools_and_operations_by_element_keep_the_kernels_of_bfloat16():
+    def layer(x):
+        return tf.nn.relu(tf.nn.avg_pool2d(x, 2, 2, "VALID") * 2)
+
+    with float32_kernels(bfloat16_products=True):
+        assert operations(tf.function(layer), IMAGES) == operations(tf.function(layer), IMAGES)
 
 
 def test_conditions_on_a_replaced_operation_hold_for_its_replacement(layer_inputs):

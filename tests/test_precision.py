@@ -6,6 +6,7 @@ import tf_keras
 from ml_collections import ConfigDict
 
 from mptrain import InputError, precision
+from mptrain.forward_graph import SIXTEEN_BITS
 from mptrain.hardware import Gpu, Hardware
 from tests import trainers
 
@@ -178,21 +179,39 @@ def test_layer_that_casts_back_silently_is_named_until_it_is_asked_for(config):
 
 def test_no_float16_run_on_a_cpu_takes_the_slow_kernels(mirrored):
     for replicas in (1, 2):
-        chosen = precision.kernels(True, "auto", mirrored(replicas))
+        chosen = precision.kernels({tf.float16}, "auto", mirrored(replicas))
         assert chosen.widen
         assert not chosen.jit_compile
-        assert precision.kernels(True, False, mirrored(replicas)).widen
-    assert precision.kernels(False, "auto", mirrored(1)).widen  # for what bfloat16 adds up; float32 graphs stay as they are
+        assert precision.kernels({tf.float16}, False, mirrored(replicas)).widen
+    assert precision.kernels((), "auto", mirrored(1)).widen  # for what bfloat16 adds up; float32 graphs stay as they are
 
 
 @pytest.mark.parametrize(
-    ("jit_compile", "float16", "line"),
+    ("features", "widened"),
+    [(("avx2",), True), (("avx2", "f16c"), True), ((), True), (("avx2", "avx512f"), False), (("avx512f", "amx_bf16"), False)],
+)
+def test_products_of_bfloat16_keep_their_kernels_only_where_the_cpu_has_fast_ones(features, widened):
+    for jit_compile in ("auto", False):
+        chosen = precision.kernels({tf.bfloat16}, jit_compile, tf.distribute.get_strategy(), on=Hardware(2, features))
+        assert chosen.widen
+        assert chosen.widen_products == widened
+        assert ("bfloat16 products are computed in float32 and rounded" in chosen.reason) == widened
+        with chosen.scope():
+            graph = tf.function(lambda x: tf.matmul(x, x)).get_concrete_function(tf.ones([2, 2], tf.bfloat16)).graph
+        assert (graph.outputs[0].op.inputs[0].op.type == "Cast") == widened
+
+
+@pytest.mark.parametrize(
+    ("jit_compile", "dtypes", "line"),
     [
-        ("auto", True, "False (auto): float16 operations are computed in float32 and rounded"),
-        ("auto", False, "False (auto): XLA's convolutions are slower"),
-        (False, False, "False (as configured): TensorFlow's kernels"),
-        (True, True, "True (as configured): XLA compiles the step; its float16 convolutions are slow on a CPU"),
+        ("auto", {tf.float16}, "False (auto): float16 operations are computed in float32 and rounded"),
+        ("auto", SIXTEEN_BITS, "False (auto): float16 operations are computed in float32 and rounded"),
+        ("auto", {tf.bfloat16}, "False (auto): XLA's convolutions are slower"),
+        ("auto", (), "False (auto): XLA's convolutions are slower"),
+        (False, (), "False (as configured): TensorFlow's kernels"),
+        (True, {tf.float16}, "True (as configured): XLA compiles the step; its float16 convolutions are slow on a CPU"),
     ],
 )
-def test_choice_of_kernels_says_who_chose_and_why(jit_compile, float16, line):
-    assert str(precision.kernels(float16, jit_compile, tf.distribute.get_strategy())).startswith(line)
+def test_choice_of_kernels_says_who_chose_and_why(jit_compile, dtypes, line):
+    chosen = precision.kernels(dtypes, jit_compile, tf.distribute.get_strategy(), on=Hardware(2, ("avx512f",)))
+    assert str(chosen).startswith(line)

@@ -182,8 +182,8 @@ class Probe:
         return in_float32.layers(named[path] for path in self._float32_layers)
 
     def _kernels(self) -> precision.Kernels:
-        float16 = self._trainer.uses_float16 and not self._reference
-        return precision.kernels(float16, "auto", self._trainer.strategy)
+        dtypes = () if self._reference else self._trainer.sixteen_bits
+        return precision.kernels(dtypes, "auto", self._trainer.strategy)
 
 
 class _Drawn:
