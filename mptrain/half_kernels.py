@@ -63,6 +63,8 @@ _PRODUCTS = frozenset(
     " MatMul".split()
 )
 _SIXTEEN_BITS = (tf.float16, tf.bfloat16)
+# These have no float16 kernel on a CPU, and TensorFlow looks for one before it prunes what nothing needs.
+_WITHOUT_KERNEL = frozenset("AvgPool3D AvgPool3DGrad MaxPool3D MaxPool3DGrad Rint".split())
 # A convolution or product and the bias added to it are rounded once, as every fused kernel does.
 _FUSED_WITH_ADDITION = frozenset("Conv2D Conv3D DepthwiseConv2dNative MatMul BatchMatMulV2 BatchMatMulV3".split())
 
@@ -91,15 +93,25 @@ def _rewrite(graph: tf.Graph, bfloat16_products: bool) -> None:
     for op in old:
         rewriting.replace(op)
     for op in graph.get_operations():
-        if op not in rewriting.operations:
-            for index, tensor in enumerate(op.inputs):
-                if tensor.ref() in rewriting.half:
-                    op._update_input(index, rewriting.half[tensor.ref()])
-            if any(before in rewriting.operations for before in op.control_inputs):
-                after = rewriting.control_inputs(op)
-                op._remove_all_control_inputs()
-                op._add_control_inputs(after)
+        for index, tensor in enumerate(op.inputs):
+            if tensor.ref() in rewriting.half:
+                op._update_input(index, rewriting.half[tensor.ref()])
+        if op not in rewriting.operations and any(before in rewriting.operations for before in op.control_inputs):
+            after = rewriting.control_inputs(op)
+            op._remove_all_control_inputs()
+            op._add_control_inputs(after)
     graph.outputs = [rewriting.half.get(tensor.ref(), tensor) for tensor in graph.outputs]
+    for op, new in rewriting.operations.items():
+        if op.type in _WITHOUT_KERNEL:
+            _make_float32(op, new)
+
+
+def _make_float32(op: tf.Operation, new: tf.Operation) -> None:
+    """Makes a replaced operation, which nothing reads any more, one that has a kernel: the same as `new`."""
+    for name, value in _float32_attributes(op).items():
+        op._set_attr(name, value)
+    for index, tensor in enumerate(new.inputs):
+        op._update_input(index, tensor)
 
 
 def _is_replaced(op: tf.Operation, bfloat16_products: bool) -> bool:

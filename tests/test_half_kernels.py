@@ -2,6 +2,7 @@
 
 import time
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -364,6 +365,32 @@ def test_small_pools_and_operations_by_element_keep_the_kernels_of_bfloat16():
 
     with float32_kernels(bfloat16_products=True):
         assert operations(tf.function(layer), IMAGES) == operations(tf.function(layer), IMAGES)
+
+
+@pytest.mark.parametrize("layer", [keras.layers.MaxPooling3D, keras.layers.AveragePooling3D])
+def test_pools_in_3d_that_have_no_float16_kernel_are_computed(layer):
+    x = tf.constant(np.random.default_rng(0).normal(size=(2, 6, 6, 6, 3)), tf.float16)
+
+    def layer_and_gradient(x, policy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(3, strides=2, dtype=policy)(tf.nn.relu(x))
+            y = tf.nn.relu(layer(2, strides=1, dtype=policy)(y))
+        return y, tape.gradient(y, x)
+
+    wanted = layer_and_gradient(tf.cast(x, tf.float32), "float32")
+    with float32_kernels():
+        ours = tf.function(layer_and_gradient)(x, "mixed_float16")
+    for half, full in zip(ours, wanted, strict=True):
+        assert half.dtype == tf.float16
+        np.testing.assert_allclose(tf.cast(half, tf.float32), full, rtol=4e-3, atol=1e-4)
+
+
+def test_rounding_to_integers_that_has_no_float16_kernel_is_computed():
+    with float32_kernels():
+        ours = tf.function(lambda x: tf.math.rint(x * 2) * 2)(half([0.7, -1.3]))
+    assert ours.dtype == tf.float16
+    assert ours.numpy().tolist() == [2, -6]
 
 
 def test_conditions_on_a_replaced_operation_hold_for_its_replacement(layer_inputs):
