@@ -48,18 +48,21 @@ class Cases:
         if before.get("machine") == machine:
             for fields in before["cases"]:
                 found = {name: each if isinstance(each, str) else _turns(each) for name, each in fields.pop("found").items()}
-                self.put(Measured(**fields, found=found))
+                case = Measured(**fields, found=found)
+                self._cases[case.heading] = case
 
     def __iter__(self):
         order = {name: number for number, name in enumerate((*works.WORKS, *works.PRECISIONS))}
         return iter(sorted(self._cases.values(), key=lambda case: (order[case.work], bool(case.title), order[case.precision])))
 
     def put(self, case: Measured) -> None:
-        """Adds a case, or replaces what was known of it."""
+        """Adds a case, or replaces what was known of it; the file is the old one or the new one at any time."""
         self._cases[case.heading] = case
         if self._file:
             contents = {"machine": self._machine, "cases": [dataclasses.asdict(each) for each in self]}
-            self._file.write_text(json.dumps(contents))
+            beside = self._file.with_suffix(".json.new")
+            beside.write_text(json.dumps(contents))
+            beside.replace(self._file)
 
     def results(self) -> targets.Results:
         """Returns (work, precision, contestant) -> turns, without those that have none."""

@@ -1,6 +1,5 @@
 """The comparison of mptrain with its peers, case by case: who runs in which, for how long, and what was found so far."""
 
-import contextlib
 import dataclasses
 import os
 import subprocess
@@ -11,12 +10,14 @@ import numpy as np
 
 from benchmarks import frame, machine, report, targets, works
 from benchmarks.cases import Cases, Measured
+from benchmarks.children import NO_ANSWER
 from benchmarks.contestants import ALL, PEERS, SCALERS
 from benchmarks.document import RATIOS, TARGETS, TIMES, WHY, Document
 from mptrain.hardware import hardware
 
 ROUNDS = 10  # after the warm-up
 QUICK_ROUNDS = 5
+SCALED = ("mlp", "cnn")  # loss scaling alone: where operations take the time, and where arithmetic does
 SCALING_FACTOR = 3  # more rounds for loss scaling alone, whose differences are a hundredth of a step
 QUICK = {
     "works": ("mlp", "cnn"),
@@ -26,7 +27,7 @@ QUICK = {
 ALL_OF_THEM = {"works": tuple(works.WORKS), "precisions": works.PRECISIONS, "contestants": PEERS}
 # TensorFlow's float16 kernels of a CPU take seconds a step with convolutions. Two turns of a step say enough.
 SLOW_TURNS = (1,) * (frame.WARM_UP + 2)
-_SLOW = ("keras", "keras_tuned", "tf_keras", "orbit")
+_SLOW = ("keras", "tf_keras", "orbit")
 SLOW_ON_CPUS = {(work, "mixed_float16"): _SLOW for work in ("cnn", "resnet")}
 # Who takes many times as long as the others has fewer turns, of the same length.
 FEW_ROUNDS = 4
@@ -89,22 +90,19 @@ class Comparison:
         for name in self._choice.works:
             work = works.WORKS[name].tiny() if self._choice.tiny else works.WORKS[name]
             self._work(work, self._choice.contestants, self._choice.precisions, self._choice.reference, "")
-            if name == "cnn" and set(self._choice.contestants) >= {"hand", "mptrain", "keras", "tf_keras"}:
+            if name in SCALED and set(self._choice.contestants) >= {"hand", "mptrain", "keras", "tf_keras"}:
                 self._work(work, SCALERS, ("float32",), "unscaled", ": loss scaling alone")
         if self._document and not self._choice.tiny:
             self._document.put(WHY, self._profiles())
 
     def _work(self, work: works.Work, names: tuple[str, ...], precisions: tuple[str, ...], reference: str, title: str) -> None:
         """Measures one work in several precisions; its contestants live as long as that takes."""
-        with contextlib.ExitStack() as stack:
-            contestants = {name: stack.enter_context(frame.Contestant(name)) for name in names}
+        with frame.Contestants() as contestants:
             for precision in precisions:
                 if time.monotonic() > self._start + 60 * self._choice.minutes:
                     print(f"### {work.name}, {precision}{title}\n\nnot run: the time was over\n", flush=True)
                     continue
-                present = {
-                    name: each for name, each in contestants.items() if precision in (ALL[name].precisions or [precision])
-                }
+                present = contestants.ready(name for name in names if precision in (ALL[name].precisions or [precision]))
                 self._case(work, precision, present, reference, title)
                 self._write()
 
@@ -114,8 +112,9 @@ class Comparison:
         steps = work.quick_steps if self._choice.quick else work.steps
         rounds = self._choice.rounds * (SCALING_FACTOR if set(contestants) == set(SCALERS) else 1)
         turns = (steps,) * (frame.WARM_UP + rounds)
-        if slow:  # the others end a turn where the slow ones do, so that losses can be compared
-            turns = (len(SLOW_TURNS), *turns[1:])
+        if slow and reference not in slow:  # it ends a turn where they do, so that losses can be compared
+            ahead = -len(SLOW_TURNS) % steps
+            slow[reference] = (len(SLOW_TURNS), ahead, *turns[2:]) if ahead else turns
         slow |= {name: turns[: frame.WARM_UP + FEW_ROUNDS] for name in FEW_ON_CPUS.get(key, ()) if name in contestants}
         file = os.path.join(self._folder, f"{work.name}-{precision}.npy")
         np.save(file, works.numbers(work, sum(turns)))
@@ -147,6 +146,10 @@ class Comparison:
             lines += [f"### {target.what}: {target.work}, {precisions}", ""]
             command = [sys.executable, "-m", "benchmarks.operations", target.work, target.precision, target.ours, target.theirs]
             command += [f"--their-precision={target.their_precision}"] if target.their_precision else []
-            finished = subprocess.run(command, cwd=frame.ROOT, capture_output=True, text=True)
-            lines += [finished.stdout.strip() or f"no profile: {(finished.stderr.splitlines() or ['it said nothing'])[-1]}", ""]
+            try:
+                finished = subprocess.run(command, cwd=frame.ROOT, capture_output=True, text=True, timeout=frame.TURN_LIMIT)
+                why = finished.stdout.strip() or f"no profile: {(finished.stderr.splitlines() or ['it said nothing'])[-1]}"
+            except subprocess.TimeoutExpired:
+                why = f"no profile: {NO_ANSWER}"
+            lines += [why, ""]
         return lines

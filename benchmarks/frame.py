@@ -6,16 +6,18 @@ processor time, and what the mean loss was. Needs neither TensorFlow nor PyTorch
 library.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
 from benchmarks import works
-from benchmarks.children import ROOT, Child, Failed
+from benchmarks.children import NO_ANSWER, ROOT, Child, Failed
 
 TURN_LIMIT = 600.0  # seconds, after which a contestant has failed, so that nobody waits for one that hangs
 WARM_UP = 2  # turns that do not count: functions are traced, kernels chosen, and mptrain finds out what takes a second
@@ -98,7 +100,7 @@ class Contestant(Child):
     def begin_turn(self) -> None:
         self.tell("turn")
 
-    def end_turn(self, seconds: float = math.inf) -> Turn:
+    def end_turn(self, seconds: float) -> Turn:
         """Waits for the turn that the contestant has begun.
 
         Raises:
@@ -108,14 +110,26 @@ class Contestant(Child):
         self._turns_left -= 1
         return turn
 
-    def turn(self) -> Turn:
-        """Lets the contestant train its next turn of the case.
 
-        Raises:
-            Failed: if it cannot.
-        """
-        self.begin_turn()
-        return self.end_turn(TURN_LIMIT)
+class Contestants(contextlib.AbstractContextManager):
+    """The contestants of several cases, each started when it is first wanted, and anew if it cannot go on."""
+
+    def __init__(self):
+        self._there: dict[str, Contestant] = {}
+
+    def __exit__(self, *_) -> None:
+        for each in self._there.values():
+            each.end()
+
+    def ready(self, names: Iterable[str]) -> dict[str, Contestant]:
+        """Returns name -> process of those named, which wait for a case."""
+        names = list(names)
+        for name in names:
+            if name in self._there and not self._there[name].free:
+                self._there.pop(name).end()
+            if name not in self._there:
+                self._there[name] = Contestant(name)
+        return {name: self._there[name] for name in names}
 
 
 def compete(
@@ -133,32 +147,37 @@ def compete(
     Args:
         case: what to train.
         contestants: name -> process.
-        slow: name -> the turns of those that would take all day over the others'.
+        slow: name -> the turns of those that would take all day over the others', or must end theirs where such ones do.
         together: rounds of the warm-up in which all have their turn at once, so that they trace side by side.
-        end: of `time.monotonic`, when who is still busy is ended. A round that would last longer is not begun, once each
-            contestant has a turn that counts; no turn may take longer than `TURN_SECONDS` then.
+        end: of `time.monotonic`, when who is still busy is ended, and keeps its turns if some of them count. A round that
+            would last longer is not begun, once each contestant has a turn that counts; no turn may take longer than
+            `TURN_SECONDS` then. Without an end each turn has `TURN_LIMIT`, and who takes longer has failed.
     """
     results: dict[str, list[Turn] | str] = {}
     for name, contestant in contestants.items():
         contestant.open(dataclasses.replace(case, turns=slow.get(name, case.turns)))
         results[name] = []
-    took = 0.0
+    took, over = 0.0, set()
     for number in range(len(case.turns)):
         start = time.monotonic()
         if number > WARM_UP and start + took > end:
             break
         names = list(contestants)[:: -1 if number % 2 else 1]
-        names = [n for n in names if not isinstance(results[n], str) and number < len(slow.get(n, case.turns))]
+        names = [n for n in names if not isinstance(results[n], str) and n not in over]
+        names = [n for n in names if number < len(slow.get(n, case.turns))]
         for name in names if number < together else ():
             contestants[name].begin_turn()
         for name in names:
             if number >= together:
                 contestants[name].begin_turn()
-            seconds = math.inf if end == math.inf else min(TURN_SECONDS, end - time.monotonic())
+            seconds = TURN_LIMIT if end == math.inf else min(TURN_SECONDS, end - time.monotonic())
             try:
                 results[name].append(contestants[name].end_turn(seconds))
             except Failed as reason:
-                results[name] = str(reason)
+                if str(reason) == NO_ANSWER and time.monotonic() >= end and len(results[name]) > WARM_UP:
+                    over.add(name)
+                else:
+                    results[name] = str(reason)
         took = time.monotonic() - start
     return results
 
@@ -177,7 +196,8 @@ def ratio(turns: list[Turn], reference: list[Turn]) -> tuple[np.ndarray, float]:
 
 
 def differences_of_losses(turns: list[Turn], reference: list[Turn]) -> tuple[float, float]:
-    """Returns by how much the mean losses differ, relative, up to the first and up to the last step that end turns of both.
+    """Returns by how much the mean losses differ, relative, up to the first step that ends turns of both, and between the
+    last two such steps.
 
     Later losses drift apart, as those of any two runs with other rounding do; so the second may be larger. It is NaN or
     infinite where one of the two trained to no finite loss.
@@ -186,13 +206,15 @@ def differences_of_losses(turns: list[Turn], reference: list[Turn]) -> tuple[flo
         ValueError: if no turns of the two end at the same step.
     """
     ours, theirs = _sums(turns), _sums(reference)
-    common = sorted(ours.keys() & theirs.keys())
+    common = sorted(ours.keys() & theirs.keys() - {0})
     if not common:
         raise ValueError("no turns end at the same step")
-    first, last = (abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in (common[0], common[-1]))
+    spans = (0, common[0]), (([0, *common])[-2], common[-1])
+    first, last = (abs((ours[end] - ours[start]) / (theirs[end] - theirs[start]) - 1) for start, end in spans)
     return first, last
 
 
 def _sums(turns: list[Turn]) -> dict[int, float]:
     steps, losses = np.array([turn.steps for turn in turns]), np.array([turn.loss for turn in turns])
-    return dict(zip(np.cumsum(steps).tolist(), np.cumsum(steps * losses).tolist(), strict=True))
+    sums = dict(zip(np.cumsum(steps).tolist(), np.cumsum(steps * losses).tolist(), strict=True))
+    return {0: 0.0} | sums

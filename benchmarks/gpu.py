@@ -103,21 +103,15 @@ def large_table(rows: list[tuple[str, str]], end: float, command: list[str], tin
 
 def peers(cases: list[tuple[works.Work, str]], names: tuple[str, ...], end: float, tiny: bool) -> list[str]:
     """Prints the tables of the contestants case by case; returns what failed that should not."""
-    failed, contestants = [], {}
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+    failed = []
+    with tempfile.TemporaryDirectory() as folder, frame.Contestants() as contestants:
         for work, precision in cases:
             title = f"{work.name}, {precision}"
             if end - time.monotonic() < LEAST_SECONDS:
                 print(f"### {title}\n\n{TIME_OVER}\n", flush=True)
                 continue
             here = [name for name in names if precision in (ALL[name].precisions or works.PRECISIONS)]
-            for name in here:
-                if name in contestants and not contestants[name].free:
-                    contestants.pop(name).end()
-                if name not in contestants:
-                    contestants[name] = stack.enter_context(frame.Contestant(name))
-            present = {name: contestants[name] for name in here}
+            present = contestants.ready(here)
             turns = (work.quick_steps if tiny else STEPS[work.name],) * (frame.WARM_UP + ROUNDS)
             file = os.path.join(folder, f"{work.name}-{precision}.npy")
             np.save(file, works.numbers(work, sum(turns)))

@@ -64,12 +64,12 @@ class Profile:
 
 
 class _Gate:
-    """Lets a contestant through at once: warm-up, a turn for the clock, and turns that are profiled into folders."""
+    """Lets a contestant through at once: warm-up, a long turn for the clock, and turns that are profiled into folders."""
 
-    def __init__(self, steps: int, folders: list[pathlib.Path]):
-        self.ahead = [steps] * (WARM_UP + 1 + len(folders))
+    def __init__(self, steps: int, timed: int, folders: list[pathlib.Path]):
+        self.ahead = [*[steps] * WARM_UP, timed, *[steps] * len(folders)]
         self.clock = 0.0
-        self._steps = steps
+        self._timed = timed
         self._folders = folders
 
     def __iter__(self):
@@ -87,7 +87,7 @@ class _Gate:
         return steps
 
     def done(self, loss: float) -> None:
-        self.clock = self.clock if self._profiled else 1e3 * (time.perf_counter() - self._start) / self._steps
+        self.clock = self.clock if self._profiled else 1e3 * (time.perf_counter() - self._start) / self._timed
         if self._profiled:
             tf.profiler.experimental.stop()
 
@@ -99,9 +99,9 @@ def profile(name: str, work: works.Work, precision: str, steps: int) -> Profile:
         return Profile(0.0, {})
     with tempfile.TemporaryDirectory() as folder:
         folders = [pathlib.Path(folder, str(number)) for number in range(PROFILES)]
-        gate = _Gate(steps, folders)
+        gate = _Gate(steps, max(steps, work.quick_steps), folders)
         numbers = os.path.join(folder, "numbers.npy")
-        np.save(numbers, works.numbers(work, steps * len(gate.ahead)))
+        np.save(numbers, works.numbers(work, sum(gate.ahead)))
         case = frame.Case(work, precision, tuple(gate.ahead), numbers)
         importlib.import_module(f"benchmarks.contestants.{about.module}").run(case, gate, *about.options)
         return min((Profile(gate.clock, *_operations(each, steps)) for each in folders), key=lambda found: found.total)

@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 
-from benchmarks import cases, frame, operations, report, targets, works
+from benchmarks import cases, frame, models, operations, report, targets, works
+from benchmarks.contestants import by_hand, common
 from mptrain.hardware import Gpu, Hardware
 from tests.conftest import ROOT
 
@@ -58,9 +60,8 @@ def test_the_comparison_measures_the_same_work_and_writes_its_report(tmp_path):
 def test_a_contestant_whose_library_is_missing_says_so(monkeypatch):
     monkeypatch.setattr(frame, "TORCH_PYTHON", ROOT / "no-such-python")  # so it starts where only TensorFlow is
     with frame.Contestant("lightning") as contestant:
-        contestant.open(frame.Case(works.WORKS["mlp"].tiny(), "float32", (3,), ""))
-        with pytest.raises(frame.Failed, match="not installed: torch, lightning"):
-            contestant.turn()
+        found = frame.compete(frame.Case(works.WORKS["mlp"].tiny(), "float32", (3,), ""), {"lightning": contestant}, {})
+    assert found == {"lightning": "not installed: torch, lightning"}
 
 
 def test_ratios_are_those_of_neighbouring_turns():
@@ -73,6 +74,8 @@ def test_ratios_are_those_of_neighbouring_turns():
 def test_losses_are_compared_where_turns_of_both_end():
     whole, parts = [frame.Turn(10, 1, 1, 2.0)], [frame.Turn(1, 1, 1, 2.9), frame.Turn(9, 1, 1, 1.9)]
     assert frame.differences_of_losses(parts, whole) == pytest.approx((0.0, 0.0))
+    then = frame.Turn(10, 1, 1, 1.0)
+    assert frame.differences_of_losses([*parts, then], [*whole, then, then]) == pytest.approx((0.0, 0.0))
     assert frame.differences_of_losses(turns(1, loss=1.1), turns(1, loss=1.0)) == pytest.approx((0.1, 0.1))
 
 
@@ -87,12 +90,37 @@ def test_who_stops_learning_after_the_first_turn_did_not_do_the_same(later):
     assert re.search(r"^\| Keras 3 fit .* \*\*differs by .* in the end\*\* \|$", table, re.M)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "turns"), [("mlp", (1000,) * 7), ("transformer", (2,) * 9)])
+def test_who_stops_learning_after_the_warm_up_is_found_out_by_the_losses_of_the_end(monkeypatch, tmp_path, name, turns):
+    made, numbers = [], tmp_path / "numbers.npy"
+    adam = keras.optimizers.Adam
+    monkeypatch.setattr(keras.optimizers, "Adam", lambda rate: made.append(adam(rate)) or made[-1])
+    work = works.WORKS[name]
+    np.save(numbers, works.numbers(work, sum(turns)))
+
+    def trained(*, until: int) -> list[frame.Turn]:
+        common.set_policy("float32")
+        batches = common.batches(frame.Case(work, "float32", turns, str(numbers)))
+        train = by_hand.loop(models.build(keras, work), batches, scaled=False, compiled=False)
+        found = []
+        for number, steps in enumerate(turns):
+            if number == until:
+                made[-1].learning_rate.assign(0.0)
+            found.append(frame.Turn(steps, 1.0, 1.0, train(steps)))
+        return found
+
+    learns, again, stops = (trained(until=until) for until in (len(turns), len(turns), frame.WARM_UP))
+    assert report.differing({"hand": learns, "mptrain": again, "keras": stops}, "hand", "float32") == ["keras"]
+
+
 def test_a_contestant_that_hangs_has_failed(monkeypatch):
     monkeypatch.setattr(frame, "TURN_LIMIT", 0.1)
-    with frame.Contestant("hand") as contestant:  # which imports TensorFlow for longer than that
-        contestant.open(frame.Case(works.WORKS["mlp"].tiny(), "float32", (3,), ""))
-        with pytest.raises(frame.Failed, match="no answer in time"):
-            contestant.turn()
+    with frame.Contestants() as contestants:
+        hand = contestants.ready(["hand"])  # which imports TensorFlow for longer than that
+        found = frame.compete(frame.Case(works.WORKS["mlp"].tiny(), "float32", (3,), ""), hand, {})
+        assert found == {"hand": "no answer in time"}
+        assert contestants.ready(["hand"])["hand"].free  # for the next case a new one
 
 
 def test_a_case_measured_anew_replaces_its_own_numbers_and_no_others(tmp_path):
@@ -109,6 +137,11 @@ def test_a_case_measured_anew_replaces_its_own_numbers_and_no_others(tmp_path):
     assert second.found == {"hand": turns(1, 1, 2), "torch": "not installed: torch"}
     assert after.results() == {("cnn", "float32", "hand"): turns(1, 1, 4), ("cnn", "mixed_float16", "hand"): turns(1, 1, 2)}
     assert not list(cases.Cases(file, "another machine"))
+    written = file.read_text()
+    file.write_text(written.replace('"title"', '"unknown"'))
+    with pytest.raises(TypeError, match="unknown"):
+        cases.Cases(file, "this machine")
+    assert len(file.read_text()) == len(written) + 4  # what cannot be read is left as it is
 
 
 def verdicts(results, here=PLAIN_CPU):
@@ -200,7 +233,7 @@ leak.main(8_000)  # 500 loops of 16 steps
 
 
 @pytest.mark.slow
-def test_growth_prints_what_variables_and_examples_cost():
+def test_growth_prints_what_replicas_and_examples_cost():
     finished = run("growth", "--rounds=1", "replicas", "examples")
     assert finished.returncode == 0, finished.stderr
     assert len(re.findall(r"^\| [\d,]+ (\| [\d.]+ ){1,3}\|$", finished.stdout, re.M)) == 3 + 6

@@ -117,11 +117,18 @@ def test_a_row_that_fails_says_why_and_the_next_ones_are_measured(capsys, monkey
 
 
 class Sleeper(frame.Contestant):
-    """A contestant whose turns take so many seconds."""
+    """A contestant whose turns take so many seconds; from the fifth on a minute, if it is one that gets stuck."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, *, sticks: bool = False):
         reply = '{"steps": 1, "wall": 1.0, "processor": 1.0, "loss": 1.0}'
-        loop = f"import time\ninput()\nwhile input():\n  time.sleep({seconds})\n  print({reply!r}, flush=True)"
+        loop = f"""
+import itertools, time
+input()
+for turn in itertools.count():
+    input()
+    time.sleep(60 if {sticks} and turn == 4 else {seconds})
+    print({reply!r}, flush=True)
+"""
         children.Child.__init__(self, [sys.executable, "-c", loop])
 
 
@@ -134,6 +141,10 @@ def test_a_comparison_whose_time_is_over_keeps_its_turns_and_ends_who_is_busy():
         found = frame.compete(case, {"stuck": stuck}, {}, together=1, end=time.monotonic() + 0.5)
         assert found == {"stuck": "no answer in time"}
         assert stuck.ended
+    with Sleeper(0.05, sticks=True) as late:
+        found = frame.compete(case, {"late": late}, {}, end=time.monotonic() + 3)
+        assert len(found["late"]) == 4
+        assert late.ended
 
 
 def test_contestants_trace_side_by_side_in_the_first_round():

@@ -37,6 +37,7 @@ ALL = {
     "scaled": About("loss_scaling", "LossScaleOptimizer", options=("mptrain",)),
     "scaled_by_1": About("loss_scaling", "LossScaleOptimizer, scale fixed at 1", options=("fixed",)),
     "unscaled": About("loss_scaling", "Keras's Adam alone", options=("none",)),
+    "unscaled_fused": About("loss_scaling", "Adam with mptrain's fused update alone", options=("fused",)),
     "scaled_keras": About("loss_scaling", "Keras 3's LossScaleOptimizer", options=("keras",)),
     "scaled_tf_keras": About("loss_scaling", "tf_keras's LossScaleOptimizer", options=("tf_keras",)),
 }
@@ -44,4 +45,4 @@ PEERS = (
     *("hand", "mptrain", "mptrain_xla", "keras", "keras_tuned", "tf_keras", "orbit"),
     *("torch", "lightning", "lightning_tuned"),
 )
-SCALERS = ("unscaled", "scaled", "scaled_by_1", "scaled_keras", "scaled_tf_keras")
+SCALERS = ("unscaled", "unscaled_fused", "scaled", "scaled_by_1", "scaled_keras", "scaled_tf_keras")

@@ -1,8 +1,7 @@
 """The limit: a loop in the graph as one writes it by hand with Keras's layers, optimizer and metrics, and nothing else.
 
 In mixed_float16 the loss is scaled as it must be: gradients are checked, and a step with one that is not finite is skipped.
-Where float16 kernels are slow XLA compiles the step, which is the best that can be had there without rewriting graphs. The
-smallest work is faster without.
+Where float16 kernels are slow XLA compiles the step, which is the best that can be had there without rewriting graphs.
 """
 
 import keras
@@ -15,8 +14,7 @@ from benchmarks.frame import Case
 
 def run(case: Case, gate) -> None:
     common.set_policy(case.precision)
-    scaled = case.precision == "mixed_float16"
-    compiled = scaled and common.on_cpu() and case.work.name != "mlp"
+    scaled, compiled = case.precision == "mixed_float16", common.faster_with_xla(case)
     turn = loop(models.build(keras, case.work), common.batches(case), scaled=scaled, compiled=compiled)
     for steps in gate:
         gate.done(turn(steps))

@@ -48,3 +48,8 @@ def set_policy(precision: str) -> None:
 
 def on_cpu() -> bool:
     return not tf.config.list_physical_devices("GPU")
+
+
+def faster_with_xla(case: Case) -> bool:
+    """Whether XLA makes a step faster on a CPU: where float16's kernels take the time, so not in the smallest work."""
+    return on_cpu() and case.precision == "mixed_float16" and case.work.name != "mlp"

@@ -1,6 +1,7 @@
 """`fit` of Keras 3 and of tf_keras: compiled as their guides do it, or with steps_per_execution tuned."""
 
 import importlib
+import math
 
 import tensorflow as tf
 
@@ -10,27 +11,32 @@ from benchmarks.frame import Case
 
 
 def run(case: Case, gate, library: str, tuned: str = "") -> None:
-    """Runs one `fit` of as many epochs as there are turns; an epoch waits for its turn.
+    """Runs one `fit`, whose epochs make the turns: one each, where all turns are of one length; the first waits for the turn.
 
-    Tuned, all steps of a turn (up to 100) are one execution, and XLA, which makes convolutions slower on a CPU, is off.
+    Tuned, all steps of a turn (up to 100) are one execution, and XLA compiles it where that is faster.
     """
     library = importlib.import_module(library)
-    steps, epochs = case.turns[0], len(case.turns)
-    if set(case.turns) != {steps}:
-        raise ValueError(f"fit takes turns of one length, and these are {case.turns}")
+    steps = math.gcd(*case.turns)
     common.set_policy(case.precision)
 
     class Turns(library.callbacks.Callback):
+        left = 0
+
         def on_epoch_begin(self, epoch, logs=None):
-            gate.enter()
+            if not self.left:
+                self.turn = self.left = gate.enter()
+                self.losses = 0.0
 
         def on_epoch_end(self, epoch, logs=None):
-            gate.done(logs["loss"])
+            self.losses += steps * logs["loss"]
+            self.left -= steps
+            if not self.left:
+                gate.done(self.losses / self.turn)
 
     options = {}
     if tuned:
         fitting = max(count for count in range(1, min(steps, 100) + 1) if steps % count == 0)
-        options = {"steps_per_execution": fitting, "jit_compile": not common.on_cpu()}
+        options = {"steps_per_execution": fitting, "jit_compile": not common.on_cpu() or common.faster_with_xla(case)}
     model = models.build(library, case.work)
     model.compile(
         library.optimizers.Adam(works.LEARNING_RATE),
@@ -39,4 +45,5 @@ def run(case: Case, gate, library: str, tuned: str = "") -> None:
         **options,
     )
     batches = common.batches(case, lambda inputs, targets: (inputs, tf.cast(targets, tf.int32)))
+    epochs = sum(case.turns) // steps
     model.fit(batches, epochs=epochs, steps_per_epoch=steps, verbose=0, shuffle=False, callbacks=[Turns()])

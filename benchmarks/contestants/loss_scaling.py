@@ -8,6 +8,7 @@ import mptrain
 from benchmarks import models, works
 from benchmarks.contestants import common
 from benchmarks.frame import Case
+from mptrain import fused_updates
 
 
 def run(case: Case, gate, wrapper: str) -> None:
@@ -43,6 +44,14 @@ def _none(variables):
     return lambda loss: loss, lambda gradients: optimizer.apply(gradients, variables)
 
 
+def _fused(variables):
+    """What LossScaleOptimizer makes of Adam besides scaling, so that the two can be told apart."""
+    optimizer = keras.optimizers.Adam(works.LEARNING_RATE)
+    optimizer.build(variables)
+    fused_updates.install(optimizer)
+    return lambda loss: loss, lambda gradients: optimizer.apply(gradients, variables)
+
+
 def _fixed(variables):
     """mptrain's optimizer as it is where nothing needs scaling: a scale of 1, which stays."""
     optimizer = mptrain.LossScaleOptimizer(keras.optimizers.Adam(works.LEARNING_RATE), dynamic=False, initial_scale=1)
@@ -74,4 +83,4 @@ def _keras(variables):
     return optimizer.scale_loss, lambda gradients: optimizer.apply(gradients, variables)
 
 
-_WRAPPERS = {"none": _none, "fixed": _fixed, "mptrain": _mptrain, "keras": _keras, "tf_keras": _tf_keras}
+_WRAPPERS = {"none": _none, "fused": _fused, "fixed": _fixed, "mptrain": _mptrain, "keras": _keras, "tf_keras": _tf_keras}
