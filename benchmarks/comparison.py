@@ -18,7 +18,7 @@ from mptrain.hardware import hardware
 ROUNDS = 10  # after the warm-up
 QUICK_ROUNDS = 5
 SCALED = ("mlp", "cnn")  # loss scaling alone: where operations take the time, and where arithmetic does
-SCALING_FACTOR = 3  # more rounds for loss scaling alone, whose differences are a hundredth of a step
+SCALING_FACTOR = 3  # more rounds for loss scaling alone, whose differences are a hundredth of the second's step
 QUICK = {
     "works": ("mlp", "cnn"),
     "precisions": ("float32", "mixed_float16"),

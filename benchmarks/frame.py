@@ -209,7 +209,7 @@ def differences_of_losses(turns: list[Turn], reference: list[Turn]) -> tuple[flo
     common = sorted(ours.keys() & theirs.keys() - {0})
     if not common:
         raise ValueError("no turns end at the same step")
-    spans = (0, common[0]), (([0, *common])[-2], common[-1])
+    spans = (0, common[0]), ([0, *common][-2], common[-1])
     first, last = (abs((ours[end] - ours[start]) / (theirs[end] - theirs[start]) - 1) for start, end in spans)
     return first, last
 

@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("ours", nargs="?", choices=ALL, default="mptrain")
     parser.add_argument("theirs", nargs="?", choices=ALL, default="hand")
     parser.add_argument("--their-precision", choices=works.PRECISIONS, help="default: the same")
-    parser.add_argument("--steps", type=int, default=0, help="in a turn; default: those of a quick one, 20 at most")
+    parser.add_argument("--steps", type=int, default=0, help="in a profile; default: those of a quick turn, 20 at most")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     work = works.WORKS[options.work].tiny() if options.tiny else works.WORKS[options.work]

@@ -58,8 +58,8 @@ WORKS = {
 def data(work: Work) -> tuple[np.ndarray, np.ndarray]:
     """Returns inputs (float32, or int32 for text) and targets, int32.
 
-    There is something left to learn to the end, so that who stops learning has other losses: one label in five is wrong, and
-    text repeats itself among bytes of which few are frequent (Zipf's law).
+    There is something left to learn to the end, so that who stops learning has other losses: one label in five is drawn anew,
+    and text repeats itself among bytes of which few are frequent (Zipf's law).
     """
     rng = np.random.default_rng(0)
     if work.name == "transformer":

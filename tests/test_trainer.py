@@ -27,6 +27,9 @@ def bring_back(trainer, state):
     """Gives a trainer the values of another moment, for another run without another trace."""
     for path, value in state.items():
         trainer.state[path].assign(value)
+    log = trainer.optimizer._skips  # which is no part of the state: what it remembers must not pass for the next run's
+    log._updates.assign(-tf.ones_like(log._updates))
+    log._losses_finite.assign(tf.ones_like(log._losses_finite))
 
 
 def assert_same_bits(left, right, *, but=()):
