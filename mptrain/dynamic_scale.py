@@ -1,9 +1,12 @@
 """The loss scale itself: its value, when it grows, when it backs off."""
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from mptrain.arguments import FLOAT32_MAX, check_between, check_count, check_flag, check_positive
 from mptrain.autograph import as_written
+from mptrain.replicas import set_aside
 
 
 def shared_scalar(value, dtype: tf.DType, name: str) -> tf.Variable:
@@ -77,9 +80,12 @@ class DynamicScale(tf.Module):
         return loss if self._is_one else loss * self.used
 
     @as_written
-    def divide(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns float32 values divided by the scale."""
-        return values if self._is_one else values / self.used
+    def divider(self) -> Callable[[tf.Tensor], tf.Tensor]:
+        """Returns what divides float32 values by the scale, which is read once for all of them."""
+        if self._is_one:
+            return lambda values: values
+        scale = self.used
+        return lambda values: values / scale
 
     def start_from(self, scale: float, applied_in_a_row: int) -> None:
         """Goes on from a scale, moved into the range, and a count of applied updates; on the host."""
@@ -91,7 +97,22 @@ class DynamicScale(tf.Module):
         """Takes note of one update that was applied or skipped (a bool scalar), and moves the scale."""
         if not self.dynamic:
             return
-        in_a_row = tf.where(applied, self.applied_in_a_row + 1, 0)
+        in_a_row = self.applied_in_a_row + 1
+        in_range = tf.logical_and(self.value >= self.min_scale, self.value <= self.max_scale)
+        stays = tf.logical_and(tf.logical_and(applied, in_a_row < self.growth_interval), in_range)
+
+        def count():
+            self.applied_in_a_row.assign(in_a_row)
+            return tf.constant(False)
+
+        def move():
+            self._move(applied, in_a_row)
+            return tf.constant(True)
+
+        tf.cond(stays, count, set_aside(move))  # two thousand times for once, so only what says that is in each step
+
+    def _move(self, applied: tf.Tensor, in_a_row: tf.Tensor) -> None:
+        in_a_row = tf.where(applied, in_a_row, 0)
         grow = in_a_row >= self.growth_interval  # not ==: a counter restored past the interval grows at once
         left = tf.where(applied, tf.convert_to_tensor(self.hysteresis_left), self.hysteresis_left - 1)
         shrink = tf.logical_and(tf.logical_not(applied), left <= 0)

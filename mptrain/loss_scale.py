@@ -20,7 +20,7 @@ from mptrain.dynamic_scale import DynamicScale, shared_scalar
 from mptrain.errors import InputError
 from mptrain.gradients import add_gradients, half_sum_of_squares, map_values, to_float32, with_each_row_once
 from mptrain.inner_optimizer import InnerOptimizer, read_tf_keras_loss_scale
-from mptrain.replicas import check_same_scope, check_strategy, merged, sum_over_replicas
+from mptrain.replicas import check_same_scope, check_strategy, merged, set_aside, sum_over_replicas
 from mptrain.skip_log import Skip, SkipLog, raise_stuck
 
 
@@ -218,7 +218,7 @@ class LossScaleOptimizer(tf.Module):
         self.check_loss(loss)
         loss = tf.cast(loss, tf.float32)
         finite = tf.math.is_finite(loss) if loss.shape.rank == 0 else tf.reduce_all(tf.math.is_finite(loss))
-        self._nonfinite_losses.assign_add(tf.where(finite, 0.0, 1.0), read_value=False)
+        self._nonfinite_losses.assign_add(tf.cast(tf.logical_not(finite), tf.float32), read_value=False)
         return self._scale.multiply(loss)
 
     @as_written
@@ -236,8 +236,10 @@ class LossScaleOptimizer(tf.Module):
         if tf.is_tensor(gradients):
             raise TypeError("get_unscaled_gradients takes a list of gradients, and this is one: write [gradient]")
 
+        divide = self._scale.divider()
+
         def unscale(values):
-            return self._scale.divide(tf.cast(values, tf.float32))
+            return divide(tf.cast(values, tf.float32))
 
         return [map_values(unscale, gradient) for gradient in gradients]
 
@@ -400,7 +402,7 @@ class LossScaleOptimizer(tf.Module):
             self._consecutive_skips.assign_add(1)
             return tf.constant(False)
 
-        applied = tf.cond(tf.math.is_finite(norm), apply, _set_aside(skip))
+        applied = tf.cond(tf.math.is_finite(norm), apply, set_aside(skip))
         self._gradient_norm.assign(norm)
         self._nonfinite_losses.assign(0.0, read_value=False)  # which would be one more all-reduce
         self._scale.adapt(applied)
@@ -421,14 +423,3 @@ class LossScaleOptimizer(tf.Module):
         dtypes = [trained[place].dtype for place in places]
         cast = [map_values(lambda v, dtype=dtype: tf.cast(v, dtype), g) for g, dtype in zip(gradients, dtypes, strict=True)]
         self._inner.apply(cast, places)
-
-
-@as_written
-def _set_aside(function):
-    """Returns a function that is one operation of the graph, so that a step which does not take its branch passes over one.
-
-    Where several replicas are written to, or there is no graph, it stays what it is.
-    """
-    if tf.executing_eagerly() or tf.distribute.get_strategy().num_replicas_in_sync > 1:
-        return function
-    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})

@@ -62,3 +62,14 @@ def merged(replica: tf.distribute.ReplicaContext, function, *args):
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
         return function(replica.strategy, *args)
     return replica.merge_call(function, args=args)
+
+
+@as_written
+def set_aside(function):
+    """Returns a function that is one operation of the graph, so that a step which does not take its branch passes over one.
+
+    Where several replicas are written to, or there is no graph, it stays what it is.
+    """
+    if tf.executing_eagerly() or tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        return function
+    return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
