@@ -14,9 +14,12 @@ LIGHTNING = "Lightning takes bfloat16 where it is asked for float16 on a CPU, so
 OTHERS = (
     "Orbit's example does not scale losses. tf_keras, which it uses too, has TensorFlow's fused BatchNorm; Keras 3,"
     " of which the models of mptrain, of the loop by hand and of Keras 3 fit are made, writes it in a dozen operations."
+    " Keras 3 fit updates a transformer's embeddings otherwise than all others: where a byte stands several times in a batch,"
+    " Keras 3's Adam squares its gradients one by one and not their sum."
 )
 SAME_TO_THE_END = 0.1  # where learning multiplies the differences; who trains less or not at all is further away
-SAME = {"float32": 2e-3, "mixed_bfloat16": 3e-2, "mixed_float16": 1e-2}  # relative difference of losses that rounding explains
+# Relative difference of losses that rounding explains, or Keras 3's Adam in `OTHERS`, which makes 0.2 % of a first turn.
+SAME = {"float32": 5e-3, "mixed_bfloat16": 3e-2, "mixed_float16": 1e-2}
 
 
 def case_table(name: str, results: Mapping[str, list[frame.Turn] | str], reference: str, precision: str) -> list[str]:

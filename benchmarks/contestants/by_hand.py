@@ -36,7 +36,9 @@ def loop(model, batches: tf.data.Dataset, *, scaled: bool, compiled: bool):
     def step(inputs, targets):
         with tf.GradientTape() as tape:
             logits, loss = forward(inputs, targets)
-        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        # An embedding's row that is used twice has two gradients, whose squares Keras 3's Adam would add up, not their sum.
+        gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, variables)]
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return logits, loss
 
     def scaled_step(inputs, targets):
