@@ -25,10 +25,11 @@ QUICK = {
     "contestants": ("hand", "mptrain", "keras", "tf_keras"),
 }
 ALL_OF_THEM = {"works": tuple(works.WORKS), "precisions": works.PRECISIONS, "contestants": PEERS}
-# TensorFlow's float16 kernels of a CPU take seconds a step with convolutions. Two turns of a step say enough.
+# Float16 convolutions take seconds a step on a CPU, TensorFlow's of every kind, XLA's and PyTorch's of some. Who would be at a
+# turn for longer than TOO_LONG seconds has turns of a step, of which two say enough.
+CONVOLUTIONS = ("cnn", "resnet")
+TOO_LONG = 8.0
 SLOW_TURNS = (1,) * (frame.WARM_UP + 2)
-_SLOW = ("keras", "tf_keras", "orbit")
-SLOW_ON_CPUS = {(work, "mixed_float16"): _SLOW for work in ("cnn", "resnet")}
 # Who takes many times as long as the others has fewer turns, of the same length.
 FEW_ROUNDS = 4
 _FEW = ("keras", "tf_keras", "torch", "lightning", "lightning_tuned")
@@ -102,23 +103,37 @@ class Comparison:
                 if time.monotonic() > self._start + 60 * self._choice.minutes:
                     print(f"### {work.name}, {precision}{title}\n\nnot run: the time was over\n", flush=True)
                     continue
-                present = contestants.ready(name for name in names if precision in (ALL[name].precisions or [precision]))
-                self._case(work, precision, present, reference, title)
+                those = [name for name in names if precision in (ALL[name].precisions or [precision])]
+                slow = self._slow(work, precision, contestants.ready(those))
+                self._case(work, precision, contestants.ready(those), slow, reference, title)
                 self._write()
 
-    def _case(self, work: works.Work, precision: str, contestants: dict, reference: str, title: str) -> None:
+    def _slow(self, work: works.Work, precision: str, contestants: dict) -> list[str]:
+        """Returns who would be at a turn for too long, which a step tells; only where somebody may be."""
+        if self._here.gpus or precision != "mixed_float16" or work.name not in CONVOLUTIONS:
+            return []
+        turns = (1,) * (frame.WARM_UP + 1)
+        found = frame.compete(self._prepared(work, precision, turns), contestants, {})
+        took = {name: turns[-1].wall for name, turns in found.items() if not isinstance(turns, str)}
+        return [name for name, seconds in took.items() if seconds * work.steps > TOO_LONG]
+
+    def _prepared(self, work: works.Work, precision: str, turns: tuple[int, ...]) -> frame.Case:
+        file = os.path.join(self._folder, f"{work.name}-{precision}.npy")
+        np.save(file, works.numbers(work, sum(turns)))
+        return frame.Case(work, precision, turns, file)
+
+    def _case(self, work: works.Work, precision: str, contestants: dict, slow: list[str], reference: str, title: str) -> None:
         key = () if self._here.gpus else (work.name, precision)
-        slow = {name: SLOW_TURNS for name in SLOW_ON_CPUS.get(key, ()) if name in contestants}
         steps = work.quick_steps if self._choice.quick else work.steps
         rounds = self._choice.rounds * (SCALING_FACTOR if set(contestants) == set(SCALERS) else 1)
         turns = (steps,) * (frame.WARM_UP + rounds)
-        if slow and reference not in slow:  # it ends a turn where they do, so that losses can be compared
-            ahead = -len(SLOW_TURNS) % steps
-            slow[reference] = (len(SLOW_TURNS), ahead, *turns[2:]) if ahead else turns
-        slow |= {name: turns[: frame.WARM_UP + FEW_ROUNDS] for name in FEW_ON_CPUS.get(key, ()) if name in contestants}
-        file = os.path.join(self._folder, f"{work.name}-{precision}.npy")
-        np.save(file, works.numbers(work, sum(turns)))
-        found = frame.compete(frame.Case(work, precision, turns, file), contestants, slow)
+        others = dict.fromkeys(slow, SLOW_TURNS)
+        ahead = -len(SLOW_TURNS) % steps
+        if slow and ahead:  # losses are compared with the reference's where a turn of both ends
+            early = [name for name in contestants if name not in slow] if reference in slow else [reference]
+            others |= {name: (len(SLOW_TURNS), ahead, *turns[2:]) for name in early}
+        others |= {name: turns[: frame.WARM_UP + FEW_ROUNDS] for name in FEW_ON_CPUS.get(key, ()) if name in contestants}
+        found = frame.compete(self._prepared(work, precision, turns), contestants, others)
         self._cases.put(Measured(work.name, precision, title, reference, self._about, found))
         print("\n".join(report.case_table(f"{work.name}, {precision}{title}", found, reference, precision)), flush=True)
         self.differing += [f"{work.name} {precision}: {name}" for name in report.differing(found, reference, precision)]

@@ -1,7 +1,7 @@
 """The limit: a loop in the graph as one writes it by hand with Keras's layers, optimizer and metrics, and nothing else.
 
 In mixed_float16 the loss is scaled as it must be: gradients are checked, and a step with one that is not finite is skipped.
-Where float16 kernels are slow XLA compiles the step, which is the best that can be had there without rewriting graphs.
+Where float16 kernels are slow and XLA's are not, it compiles the step, the best that can be had without rewriting graphs.
 """
 
 import keras
