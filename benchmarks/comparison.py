@@ -25,15 +25,14 @@ QUICK = {
     "contestants": ("hand", "mptrain", "keras", "tf_keras"),
 }
 ALL_OF_THEM = {"works": tuple(works.WORKS), "precisions": works.PRECISIONS, "contestants": PEERS}
-# Float16 convolutions take seconds a step on a CPU, TensorFlow's of every kind, XLA's and PyTorch's of some. Who would be at a
-# turn for longer than TOO_LONG seconds has turns of a step, of which two say enough.
-CONVOLUTIONS = ("cnn", "resnet")
+# In float16 a step takes seconds on a CPU: TensorFlow's convolutions of every kind, of some XLA's and PyTorch's, and XLA's
+# products. Who would be at a turn for longer than TOO_LONG seconds has turns of a step, of which two say enough.
 TOO_LONG = 8.0
 SLOW_TURNS = (1,) * (frame.WARM_UP + 2)
 # Who takes many times as long as the others has fewer turns, of the same length.
 FEW_ROUNDS = 4
 _FEW = ("keras", "tf_keras", "torch", "lightning", "lightning_tuned")
-FEW_ON_CPUS = {("mlp", precision): _FEW for precision in works.PRECISIONS} | {("transformer", "mixed_float16"): ("torch",)}
+FEW_ON_CPUS = {("mlp", precision): _FEW for precision in works.PRECISIONS} | {("mlp", "mixed_float16"): (*_FEW, "orbit")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +109,9 @@ class Comparison:
 
     def _slow(self, work: works.Work, precision: str, contestants: dict) -> list[str]:
         """Returns who would be at a turn for too long, which a step tells; only where somebody may be."""
-        if self._here.gpus or precision != "mixed_float16" or work.name not in CONVOLUTIONS:
+        if self._here.gpus or precision != "mixed_float16" or work.name == "mlp":
             return []
-        turns = (1,) * (frame.WARM_UP + 1)
+        turns = (1,) * frame.WARM_UP
         found = frame.compete(self._prepared(work, precision, turns), contestants, {})
         took = {name: turns[-1].wall for name, turns in found.items() if not isinstance(turns, str)}
         return [name for name, seconds in took.items() if seconds * work.steps > TOO_LONG]
@@ -127,12 +126,12 @@ class Comparison:
         steps = work.quick_steps if self._choice.quick else work.steps
         rounds = self._choice.rounds * (SCALING_FACTOR if set(contestants) == set(SCALERS) else 1)
         turns = (steps,) * (frame.WARM_UP + rounds)
-        others = dict.fromkeys(slow, SLOW_TURNS)
+        others = {name: turns[: frame.WARM_UP + FEW_ROUNDS] for name in FEW_ON_CPUS.get(key, ()) if name in contestants}
+        others |= dict.fromkeys(slow, SLOW_TURNS)
         ahead = -len(SLOW_TURNS) % steps
         if slow and ahead:  # losses are compared with the reference's where a turn of both ends
             early = [name for name in contestants if name not in slow] if reference in slow else [reference]
             others |= {name: (len(SLOW_TURNS), ahead, *turns[2:]) for name in early}
-        others |= {name: turns[: frame.WARM_UP + FEW_ROUNDS] for name in FEW_ON_CPUS.get(key, ()) if name in contestants}
         found = frame.compete(self._prepared(work, precision, turns), contestants, others)
         self._cases.put(Measured(work.name, precision, title, reference, self._about, found))
         print("\n".join(report.case_table(f"{work.name}, {precision}{title}", found, reference, precision)), flush=True)
