@@ -2,9 +2,9 @@
 
     python -m benchmarks.fidelity [--works cnn resnet transformer]
 
-For each work the gradients of one batch are computed by the float16 kernels, and by the float32 kernels that `half_kernels`
-puts under the same graph. The first column is the difference of the two, the second that of true float16 to float32, each the
-norm of the difference of all gradients over the norm of all gradients. The target is 1e-3 at most. The loss scale is then
+For each work the gradients of one batch are computed by the float16 kernels, and by those that mptrain puts under the same
+graph (`precision.kernels`). The first column is the difference of the two, the second that of true float16 to float32, each
+the norm of the difference of all gradients over the norm of all gradients. The target is 1e-3 at most. The loss scale is then
 raised by factors of two, and the first at which a gradient is not finite must be the same. Exits with 1 where the scales
 differ or the first column is above both 1e-3 and half of the second: through a deep network float16's own rounding grows, and
 the order of two sums may differ by as much. Nearly all of its minutes go into the float16 kernels.
@@ -22,16 +22,16 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks import models, works
-from mptrain import half_kernels, keras_compat
+from mptrain import keras_compat, precision
 
 TARGET = 1e-3  # the difference of gradients at most
 SHARE = 0.5  # of true float16's own difference to float32: what is above both is a fault
 BATCH = 4  # examples: the float16 kernels take seconds for a whole batch
 
 
-def gradient_function(work: works.Work, precision: str):
+def gradient_function(work: works.Work, policy: str):
     """Returns the graph function from (inputs, targets, loss scale) to the unscaled gradients, in one float32 vector."""
-    with keras_compat.dtype_policy(precision):
+    with keras_compat.dtype_policy(policy):
         model = models.build(keras, work)
 
     @tf.function
@@ -52,7 +52,7 @@ def compare(work: works.Work) -> tuple[float, float, float, float]:
     true, full = gradient_function(work, "mixed_float16"), gradient_function(work, "float32")
     fast = gradient_function(work, "mixed_float16")
     scale = tf.constant(2.0**10)
-    with half_kernels.float32_kernels():
+    with precision.kernels({tf.float16}, "auto", tf.distribute.get_strategy()).scope():
         ours = fast(inputs, targets, scale).numpy()
     theirs, reference = true(inputs, targets, scale).numpy(), full(inputs, targets, scale).numpy()
 

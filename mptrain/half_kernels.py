@@ -8,6 +8,12 @@ back to float16. Every tensor keeps its dtype and its range: what was float16 st
 float16 kernel, as it is on a GPU, whose matrix units multiply float16 and add in float32. A convolution or a product and the
 bias that is added to it are one operation in this, as they are in every fused kernel: their sum overflows, not the product.
 
+Where the CPU has avx512_fp16, oneDNN multiplies float16 matrices itself, adds up in float32 and rounds once: the same result
+without the passes that widen and round. Products keep their kernels there, and so do sums, differences and quotients by
+element, each of which float16's kernel computes in float32 and rounds too. Alone it takes as long as float32's and a cast; the
+passes are saved between neighbours that both stay, so without the products it would not pay. A product is rounded on its own
+there, before its bias. What only moves values is made in both forms, and each reader takes its own.
+
 TensorFlow's CPU kernels for bfloat16 are fast, and most add up in float32. Those that add up in bfloat16, in which 256 + 1 is
 256, are replaced too: the gradient of a bias in a convolution comes out of them 60 % off, that of a much used row of
 `tf.gather_nd` 97 %. The fast kernels for convolutions and products are oneDNN's, which TensorFlow asks for bfloat16 only where
@@ -62,6 +68,12 @@ _PRODUCTS = frozenset(
     " Conv3DBackpropInputV2 DepthwiseConv2dNative DepthwiseConv2dNativeBackpropFilter DepthwiseConv2dNativeBackpropInput Einsum"
     " MatMul".split()
 )
+_ROUNDED_ONCE_BY_FLOAT16 = frozenset("Add AddV2 BatchMatMulV2 MatMul Mul RealDiv Sub".split())  # where products are fast
+_MOVING = frozenset(
+    "BatchToSpaceND BroadcastTo ConcatV2 DepthToSpace ExpandDims GatherNd GatherV2 Identity MatrixBandPart MirrorPad Neg Pack"
+    " Pad PadV2 Reshape ReverseV2 Roll Slice SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice StridedSliceGrad"
+    " Tile Transpose Unpack".split()
+)
 _SIXTEEN_BITS = (tf.float16, tf.bfloat16)
 # These have no float16 kernel on a CPU, and TensorFlow looks for one before it prunes what nothing needs.
 _WITHOUT_KERNEL = frozenset("AvgPool3D AvgPool3DGrad MaxPool3D MaxPool3DGrad Rint".split())
@@ -70,13 +82,15 @@ _FUSED_WITH_ADDITION = frozenset("Conv2D Conv3D DepthwiseConv2dNative MatMul Bat
 
 
 @contextlib.contextmanager
-def float32_kernels(bfloat16_products: bool = False) -> Iterator[None]:
+def float32_kernels(*, bfloat16_products: bool = False, float16_products: bool = True) -> Iterator[None]:
     """Rewrites every graph traced inside this context; a call of a `tf.function` traced before it is left as it was.
 
     Args:
         bfloat16_products: whether bfloat16's convolutions and products are replaced too.
+        float16_products: whether float16's matrix products are, and with them its sums, differences, products and quotients
+            by element; all else always is.
     """
-    rewrite = functools.partial(_rewrite, bfloat16_products=bfloat16_products)
+    rewrite = functools.partial(_rewrite, bfloat16_products=bfloat16_products, float16_products=float16_products)
     transform.FUNC_GRAPH_TRANSFORMS.append(rewrite)
     try:
         yield
@@ -84,12 +98,12 @@ def float32_kernels(bfloat16_products: bool = False) -> Iterator[None]:
         transform.FUNC_GRAPH_TRANSFORMS.remove(rewrite)
 
 
-def _rewrite(graph: tf.Graph, bfloat16_products: bool) -> None:
+def _rewrite(graph: tf.Graph, *, bfloat16_products: bool, float16_products: bool) -> None:
     """Replaces the 16-bit operations of `graph` in place; the replaced ones lose their consumers and are pruned."""
-    old = [op for op in graph.get_operations() if _is_replaced(op, bfloat16_products)]
+    old = [op for op in graph.get_operations() if _is_replaced(op, bfloat16_products, float16_products)]
     if not old:
         return
-    rewriting = _Rewriting(graph)
+    rewriting = _Rewriting(graph, both_forms=frozenset() if float16_products else _MOVING)
     for op in old:
         rewriting.replace(op)
     for op in graph.get_operations():
@@ -114,10 +128,12 @@ def _make_float32(op: tf.Operation, new: tf.Operation) -> None:
         op._update_input(index, tensor)
 
 
-def _is_replaced(op: tf.Operation, bfloat16_products: bool) -> bool:
+def _is_replaced(op: tf.Operation, bfloat16_products: bool, float16_products: bool) -> bool:
     dtypes = {tensor.dtype for tensor in (*op.inputs, *op.outputs)}
     if tf.bfloat16 in dtypes and (_adds_up_in_bfloat16(op) or bfloat16_products and op.type in _PRODUCTS):
         return True
+    if not float16_products and op.type in _ROUNDED_ONCE_BY_FLOAT16 and not _adds_bias(op):
+        return False
     return tf.float16 in dtypes and (op.type in _EXACT or op.type in _ROUNDED)
 
 
@@ -138,8 +154,9 @@ def _overlapping(op: tf.Operation) -> int:
 class _Rewriting:
     """The state of one graph's rewriting: for each old tensor, what stands for it now."""
 
-    def __init__(self, graph: tf.Graph):
+    def __init__(self, graph: tf.Graph, both_forms: frozenset[str]):
         self._graph = graph
+        self._both_forms = both_forms  # types of float16 operations that stay beside what replaces them
         self._wide = {}  # 16-bit tensor -> float32 tensor of the same values
         self._unrounded = {}  # 16-bit result that may be added to -> float32 tensor before rounding
         self.half = {}  # output of a replaced operation -> the tensor that replaces it
@@ -164,6 +181,9 @@ class _Rewriting:
                 inputs[0] = self._unrounded.get(op.inputs[0].ref(), inputs[0])
             dtypes = [tf.float32 if t.dtype in _SIXTEEN_BITS else t.dtype for t in op.outputs]
             new = self._graph.create_op(op.type, inputs, dtypes, attrs=_float32_attributes(op), name=f"{op.name}/float32")
+            if op.type in self._both_forms and op.outputs[0].dtype == tf.float16:  # whichever nobody reads is pruned
+                self._wide |= {before.ref(): after for before, after in zip(op.outputs, new.outputs, strict=True)}
+                return
             self.operations[op] = new
             for before, after in zip(op.outputs, new.outputs, strict=True):
                 self._record(op, before, after)

@@ -7,6 +7,7 @@ Training" (2018).
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Iterable
 
@@ -26,6 +27,7 @@ _COMPUTE_DTYPES = {
     "mixed_float16": tf.float16,
     "mixed_bfloat16": tf.bfloat16,
 }
+_ONE_DNN_NEEDS = {tf.bfloat16: "avx512f", tf.float16: "avx512_fp16"}  # of the CPU, so that TensorFlow lets it multiply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,21 +150,25 @@ class Kernels:
         widen: whether 16-bit operations that are slow or inexact are computed in float32 and rounded (see `half_kernels`).
         reason: why, in one line.
         asked: whether the config says so; else it says "auto".
-        widen_products: whether bfloat16's convolutions and products are among them.
+        widen_products: the 16-bit dtypes whose products are among them (see `half_kernels.float32_kernels`).
     """
 
     jit_compile: bool
     widen: bool
     reason: str
     asked: bool
-    widen_products: bool = False
+    widen_products: frozenset[tf.DType] = frozenset()
 
     def __str__(self) -> str:
         return f"{self.jit_compile} ({'as configured' if self.asked else 'auto'}): {self.reason}"
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Returns the context in which train and evaluation steps are traced."""
-        return half_kernels.float32_kernels(self.widen_products) if self.widen else contextlib.nullcontext()
+        if not self.widen:
+            return contextlib.nullcontext()
+        return half_kernels.float32_kernels(
+            bfloat16_products=tf.bfloat16 in self.widen_products, float16_products=tf.float16 in self.widen_products
+        )
 
 
 def kernels(
@@ -188,11 +194,11 @@ def kernels(
             )
         slow = on_cpu and tf.float16 in dtypes
         return Kernels(True, False, "XLA compiles the step" + "; its float16 convolutions are slow on a CPU" * slow, asked)
-    # Where TensorFlow gives bfloat16 to oneDNN. A CPU of unknown features gets exact sums before fast ones.
-    widen_products = on_cpu and "avx512f" not in (on or hardware()).cpu_features
+    widened = _widened_products(on or hardware()) if on_cpu else frozenset()
     if on_cpu and tf.float16 in dtypes:
-        reason = "float16 operations are computed in float32 and rounded: a CPU's own and XLA's are slow"
-    elif widen_products and tf.bfloat16 in dtypes:
+        but = "" if tf.float16 in widened else ", except products and sums (avx512_fp16),"
+        reason = f"float16 operations{but} are computed in float32 and rounded: a CPU's own and XLA's are slow"
+    elif tf.bfloat16 in widened and tf.bfloat16 in dtypes:
         reason = "bfloat16 products are computed in float32 and rounded: without avx512f a CPU's own are slow and inexact"
     elif asked:
         reason = "TensorFlow's kernels"
@@ -200,7 +206,14 @@ def kernels(
         reason = "XLA's convolutions are slower than TensorFlow's on a CPU"
     else:
         reason = "XLA only compiles where it is asked to"
-    return Kernels(False, on_cpu, reason, asked, widen_products)
+    return Kernels(False, on_cpu, reason, asked, widened)
+
+
+def _widened_products(on: Hardware) -> frozenset[tf.DType]:
+    """Returns the dtypes whose products TensorFlow does not give to oneDNN, or would not if the CPU's features are unknown."""
+    if os.environ.get("TF_ENABLE_ONEDNN_OPTS", "").lower() in ("0", "false"):
+        return frozenset(_ONE_DNN_NEEDS)
+    return frozenset(dtype for dtype, feature in _ONE_DNN_NEEDS.items() if feature not in on.cpu_features)
 
 
 @dataclasses.dataclass(frozen=True)

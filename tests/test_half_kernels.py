@@ -359,6 +359,42 @@ def test_products_of_bfloat16_keep_their_kernels_where_nothing_is_asked_for():
         assert ("Conv2DBackpropFilter", tf.float32) not in operations(tf.function(function), *args)
 
 
+def test_sums_and_products_by_element_give_the_same_bits_where_they_keep_the_kernels_of_float16():
+    a, b = (tf.constant(np.random.default_rng(seed).normal(size=(3000, 3)), tf.float16) for seed in (0, 1))
+
+    def function(a, b):
+        y = tf.nn.relu(tf.transpose(a * b + a - b / a) * tf.cast(0.1, tf.float16))
+        return tf.nn.softmax(tf.reshape(y, [-1, 9])) * tf.cast(2**-14, tf.float16)  # some of which are subnormal
+
+    kept, replaced = tf.function(function), tf.function(function)
+    with float32_kernels(float16_products=False):
+        ours = kept(a, b)
+        live = live_operations(kept.get_concrete_function(a, b))[1]
+    with float32_kernels():
+        theirs = replaced(a, b)
+    assert ours.numpy().tobytes() == theirs.numpy().tobytes()
+    assert live >= {"AddV2", "Mul", "RealDiv", "Sub", "Transpose"}
+    assert not live & {"Relu", "Softmax"}
+
+
+def test_what_only_moves_values_costs_no_cast_between_neighbours_of_either_kind():
+    a = tf.ones([4, 4], tf.float16)
+
+    def casts(function) -> int:
+        with float32_kernels(float16_products=False):
+            graph = tf.function(function).get_concrete_function(a).graph
+        live, todo = set(), list(graph.outputs)
+        while todo:
+            op = todo.pop().op
+            live.add(op)
+            todo += op.inputs
+        return sum(op.type == "Cast" for op in live)
+
+    assert casts(lambda a: tf.transpose(a * a) @ a) == 0
+    assert casts(lambda a: tf.nn.softmax(tf.transpose(tf.nn.relu(a)))) == 2  # one in, one out
+    assert casts(lambda a: tf.transpose(tf.nn.softmax(a))) == 2
+
+
 def test_small_pools_and_operations_by_element_keep_the_kernels_of_bfloat16():
     def layer(x):
         return tf.nn.relu(tf.nn.avg_pool2d(x, 2, 2, "VALID") * 2)

@@ -177,6 +177,9 @@ def test_layer_that_casts_back_silently_is_named_until_it_is_asked_for(config):
     assert "middle" not in logits
 
 
+FP16 = ("avx512_fp16", "avx512f")
+
+
 def test_no_float16_run_on_a_cpu_takes_the_slow_kernels(mirrored):
     for replicas in (1, 2):
         chosen = precision.kernels({tf.float16}, "auto", mirrored(replicas))
@@ -194,11 +197,23 @@ def test_products_of_bfloat16_keep_their_kernels_only_where_the_cpu_has_fast_one
     for jit_compile in ("auto", False):
         chosen = precision.kernels({tf.bfloat16}, jit_compile, tf.distribute.get_strategy(), on=Hardware(2, features))
         assert chosen.widen
-        assert chosen.widen_products == widened
+        assert (tf.bfloat16 in chosen.widen_products) == widened
         assert ("bfloat16 products are computed in float32 and rounded" in chosen.reason) == widened
         with chosen.scope():
             graph = tf.function(lambda x: tf.matmul(x, x)).get_concrete_function(tf.ones([2, 2], tf.bfloat16)).graph
         assert (graph.outputs[0].op.inputs[0].op.type == "Cast") == widened
+
+
+@pytest.mark.parametrize(("features", "one_dnn", "own"), [((), "", 0), (FP16[1:], "", 0), (FP16, "", 1), (FP16, "0", 0)])
+def test_matrix_products_of_float16_keep_their_kernels_only_where_the_cpu_has_fast_ones(features, one_dnn, own, monkeypatch):
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", one_dnn)
+    chosen = precision.kernels({tf.float16}, "auto", tf.distribute.get_strategy(), on=Hardware(2, features))
+    assert ("except products and sums" in chosen.reason) == own
+    with chosen.scope():
+        graph = tf.function(lambda x: tf.nn.relu(x @ x)).get_concrete_function(tf.ones([2, 2], tf.float16)).graph
+    dtypes = {op.type: op.outputs[0].dtype for op in graph.get_operations() if op.outputs and op.outputs[0].consumers()}
+    assert dtypes["MatMul"] == (tf.float16 if own else tf.float32)
+    assert dtypes["Relu"] == tf.float32
 
 
 @pytest.mark.parametrize(
