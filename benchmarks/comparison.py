@@ -113,8 +113,11 @@ class Comparison:
             return []
         turns = (1,) * frame.WARM_UP
         found = frame.compete(self._prepared(work, precision, turns), contestants, {})
-        took = {name: turns[-1].wall for name, turns in found.items() if not isinstance(turns, str)}
-        return [name for name, seconds in took.items() if seconds * work.steps > TOO_LONG]
+        steps = self._steps(work)
+        return [name for name, took in found.items() if isinstance(took, str) or steps * took[-1].wall > TOO_LONG]
+
+    def _steps(self, work: works.Work) -> int:
+        return work.quick_steps if self._choice.quick else work.steps
 
     def _prepared(self, work: works.Work, precision: str, turns: tuple[int, ...]) -> frame.Case:
         file = os.path.join(self._folder, f"{work.name}-{precision}.npy")
@@ -123,10 +126,12 @@ class Comparison:
 
     def _case(self, work: works.Work, precision: str, contestants: dict, slow: list[str], reference: str, title: str) -> None:
         key = () if self._here.gpus else (work.name, precision)
-        steps = work.quick_steps if self._choice.quick else work.steps
+        steps = self._steps(work)
         rounds = self._choice.rounds * (SCALING_FACTOR if set(contestants) == set(SCALERS) else 1)
         turns = (steps,) * (frame.WARM_UP + rounds)
         others = {name: turns[: frame.WARM_UP + FEW_ROUNDS] for name in FEW_ON_CPUS.get(key, ()) if name in contestants}
+        if reference in slow:  # whose losses end before a whole turn, and a `fit` has no other turns
+            slow = [*slow, *(name for name in contestants if ALL[name].module == "keras_fit" and name not in slow)]
         others |= dict.fromkeys(slow, SLOW_TURNS)
         ahead = -len(SLOW_TURNS) % steps
         if slow and ahead:  # losses are compared with the reference's where a turn of both ends

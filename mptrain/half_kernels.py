@@ -9,10 +9,12 @@ float16 kernel, as it is on a GPU, whose matrix units multiply float16 and add i
 bias that is added to it are one operation in this, as they are in every fused kernel: their sum overflows, not the product.
 
 Where the CPU has avx512_fp16, oneDNN multiplies float16 matrices itself, adds up in float32 and rounds once: the same result
-without the passes that widen and round. Products keep their kernels there, and so do sums, differences and quotients by
-element, each of which float16's kernel computes in float32 and rounds too. Alone it takes as long as float32's and a cast; the
-passes are saved between neighbours that both stay, so without the products it would not pay. A product is rounded on its own
-there, before its bias. What only moves values is made in both forms, and each reader takes its own.
+without the passes that widen and round. Matrix products keep their kernels there, and so does arithmetic by element (+ - * /),
+which float16's kernels compute in float32 and round too. Alone that takes as long as float32's and a cast; the passes are saved
+between neighbours that both stay, so without the products it would not pay. What only moves values is made in both forms, and
+each reader takes its own. A product is rounded on its own there, before its bias. Arithmetic with a constant is replaced
+nevertheless: Grappler would put constants together in float16, in which they overflow. So is all of a function that is called
+inside another, whose gradient TensorFlow traces without asking for transforms, and float16's sums in it lose bits.
 
 TensorFlow's CPU kernels for bfloat16 are fast, and most add up in float32. Those that add up in bfloat16, in which 256 + 1 is
 256, are replaced too: the gradient of a bias in a convolution comes out of them 60 % off, that of a much used row of
@@ -68,7 +70,8 @@ _PRODUCTS = frozenset(
     " Conv3DBackpropInputV2 DepthwiseConv2dNative DepthwiseConv2dNativeBackpropFilter DepthwiseConv2dNativeBackpropInput Einsum"
     " MatMul".split()
 )
-_ROUNDED_ONCE_BY_FLOAT16 = frozenset("Add AddV2 BatchMatMulV2 MatMul Mul RealDiv Sub".split())  # where products are fast
+_MATRIX_PRODUCTS = frozenset("BatchMatMulV2 MatMul".split())
+_BY_ELEMENT = frozenset("Add AddV2 Mul RealDiv Sub".split())
 _MOVING = frozenset(
     "BatchToSpaceND BroadcastTo ConcatV2 DepthToSpace ExpandDims GatherNd GatherV2 Identity MatrixBandPart MirrorPad Neg Pack"
     " Pad PadV2 Reshape ReverseV2 Roll Slice SpaceToBatchND SpaceToDepth Split SplitV Squeeze StridedSlice StridedSliceGrad"
@@ -87,8 +90,7 @@ def float32_kernels(*, bfloat16_products: bool = False, float16_products: bool =
 
     Args:
         bfloat16_products: whether bfloat16's convolutions and products are replaced too.
-        float16_products: whether float16's matrix products are, and with them its sums, differences, products and quotients
-            by element; all else always is.
+        float16_products: whether float16's matrix products are, and with them its arithmetic by element; all else always is.
     """
     rewrite = functools.partial(_rewrite, bfloat16_products=bfloat16_products, float16_products=float16_products)
     transform.FUNC_GRAPH_TRANSFORMS.append(rewrite)
@@ -100,10 +102,12 @@ def float32_kernels(*, bfloat16_products: bool = False, float16_products: bool =
 
 def _rewrite(graph: tf.Graph, *, bfloat16_products: bool, float16_products: bool) -> None:
     """Replaces the 16-bit operations of `graph` in place; the replaced ones lose their consumers and are pruned."""
-    old = [op for op in graph.get_operations() if _is_replaced(op, bfloat16_products, float16_products)]
+    keep = not float16_products and not _is_called_by_another(graph)
+    kept = _float16_kept(graph) if keep else frozenset()
+    old = [op for op in graph.get_operations() if _is_replaced(op, bfloat16_products, kept)]
     if not old:
         return
-    rewriting = _Rewriting(graph, both_forms=frozenset() if float16_products else _MOVING)
+    rewriting = _Rewriting(graph, both_forms=_MOVING if keep else frozenset())
     for op in old:
         rewriting.replace(op)
     for op in graph.get_operations():
@@ -128,13 +132,30 @@ def _make_float32(op: tf.Operation, new: tf.Operation) -> None:
         op._update_input(index, tensor)
 
 
-def _is_replaced(op: tf.Operation, bfloat16_products: bool, float16_products: bool) -> bool:
+def _is_called_by_another(graph: tf.Graph) -> bool:
+    """Whether the graph is that of a `tf.function` which is called while another is traced; a loop's body is not."""
+    function = tf.__internal__.FuncGraph
+    return type(graph) is function and isinstance(graph.outer_graph, function)
+
+
+def _is_replaced(op: tf.Operation, bfloat16_products: bool, kept: frozenset[tf.Operation]) -> bool:
     dtypes = {tensor.dtype for tensor in (*op.inputs, *op.outputs)}
     if tf.bfloat16 in dtypes and (_adds_up_in_bfloat16(op) or bfloat16_products and op.type in _PRODUCTS):
         return True
-    if not float16_products and op.type in _ROUNDED_ONCE_BY_FLOAT16 and not _adds_bias(op):
-        return False
-    return tf.float16 in dtypes and (op.type in _EXACT or op.type in _ROUNDED)
+    return tf.float16 in dtypes and (op.type in _EXACT or op.type in _ROUNDED) and op not in kept
+
+
+def _float16_kept(graph: tf.Graph) -> frozenset[tf.Operation]:
+    """Returns the operations that stay as they are, if in float16, where its products are fast."""
+    constants = set()  # what Grappler may find out before the graph runs
+    kept = set()
+    for op in graph.get_operations():
+        of_constants = [tensor.op in constants for tensor in op.inputs]
+        if op.type in ("Const", "Shape", "ShapeN", "Size", "Rank") or of_constants and all(of_constants):
+            constants.add(op)
+        elif op.type in _MATRIX_PRODUCTS or op.type in _BY_ELEMENT and not any(of_constants):
+            kept.add(op)
+    return frozenset(kept)
 
 
 def _adds_up_in_bfloat16(op: tf.Operation) -> bool:

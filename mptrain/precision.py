@@ -196,10 +196,12 @@ def kernels(
         return Kernels(True, False, "XLA compiles the step" + "; its float16 convolutions are slow on a CPU" * slow, asked)
     widened = _widened_products(on or hardware()) if on_cpu else frozenset()
     if on_cpu and tf.float16 in dtypes:
-        but = "" if tf.float16 in widened else ", except products and sums (avx512_fp16),"
-        reason = f"float16 operations{but} are computed in float32 and rounded: a CPU's own and XLA's are slow"
+        but = "" if tf.float16 in widened else ", except matrix products (avx512_fp16)"
+        reason = f"float16 operations are computed in float32 and rounded: a CPU's own and XLA's are slow{but}"
     elif tf.bfloat16 in widened and tf.bfloat16 in dtypes:
-        reason = "bfloat16 products are computed in float32 and rounded: without avx512f a CPU's own are slow and inexact"
+        reason = (
+            "bfloat16 products are computed in float32 and rounded: without avx512f and oneDNN a CPU's own are slow and inexact"
+        )
     elif asked:
         reason = "TensorFlow's kernels"
     elif on_cpu:

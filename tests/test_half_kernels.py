@@ -134,14 +134,27 @@ def test_underflow_begins_where_float16_underflows(exponent):
     assert float(ours) == float(np.float16(2.0**exponent))
 
 
-def test_elementwise_result_is_rounded_before_its_next_use():
+@pytest.mark.parametrize("products", [True, False])
+def test_elementwise_result_is_rounded_before_its_next_use(products):
     def cancel(x):
         half = tf.cast(x, tf.float16)
         return (half + tf.constant(2048.0, tf.float16)) - tf.constant(2048.0, tf.float16)
 
-    with float32_kernels():
+    with float32_kernels(float16_products=products):
         ours = tf.function(cancel)(tf.constant(0.6))
     assert float(ours) == 0.0  # 2048.6 rounds to 2048 in float16
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_constants_are_not_put_together_in_float16(products):
+    def scaled(x):
+        large, small = (tf.sqrt(tf.constant(value, tf.float16)) ** 2 for value in (1024.0, 1e-5))  # which Grappler finds out
+        return (x * large) * large, x / small
+
+    with float32_kernels(float16_products=products):
+        twice, quotient = tf.function(scaled)(half([2.0**-10] * 2))
+    assert twice.numpy().tolist() == [1024.0] * 2  # 1024 times 1024 is inf in float16
+    np.testing.assert_allclose(quotient.numpy(), 2.0**-10 / np.float16(1e-5), rtol=1e-3)  # as is one over 1e-5
 
 
 def test_loops_and_branches_are_rewritten_inside(layer_inputs):
@@ -177,6 +190,18 @@ def test_nested_functions_keep_their_gradients(layer_inputs):
         ours = outer(*layer_inputs)
     theirs = outer.python_function(*layer_inputs)
     np.testing.assert_allclose(ours.numpy().astype(float), theirs.numpy().astype(float), rtol=5e-3)
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_gradient_of_a_nested_function_adds_up_in_float32(products):
+    scale = tf.function(lambda x, factor: x * factor)
+
+    @tf.function
+    def gradient(x, factor):
+        return tf.gradients(scale(x, factor), factor)[0]
+
+    with float32_kernels(float16_products=products):
+        assert gradient(tf.ones([5000, 3], tf.float16), half([1, 1, 1])).numpy().tolist() == [5000.0] * 3
 
 
 def test_float32_and_bfloat16_graphs_are_left_as_they_are():
@@ -363,7 +388,7 @@ def test_sums_and_products_by_element_give_the_same_bits_where_they_keep_the_ker
     a, b = (tf.constant(np.random.default_rng(seed).normal(size=(3000, 3)), tf.float16) for seed in (0, 1))
 
     def function(a, b):
-        y = tf.nn.relu(tf.transpose(a * b + a - b / a) * tf.cast(0.1, tf.float16))
+        y = tf.nn.relu(tf.transpose(a * b + a - b / a) * tf.transpose(b))
         return tf.nn.softmax(tf.reshape(y, [-1, 9])) * tf.cast(2**-14, tf.float16)  # some of which are subnormal
 
     kept, replaced = tf.function(function), tf.function(function)
