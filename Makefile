@@ -7,7 +7,7 @@ PYTHON ?= python3
 CONFIG ?= configs/mnist.py
 ARGS ?=
 BIN = .venv/bin
-TWO = -n 2 --dist worksteal
+THREE = -n 3 --dist worksteal  # on two cores: a third of a test's time it waits for a process
 
 .PHONY: train test test-fast lint setup bench bench-torch
 
@@ -15,10 +15,10 @@ train: .venv/.installed
 	$(BIN)/python -m mptrain.main --config=$(CONFIG) $(ARGS)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest $(TWO) $(ARGS)
+	$(BIN)/python -m pytest $(THREE) $(ARGS)
 
 test-fast: .venv/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(TWO) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(THREE) $(ARGS)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
