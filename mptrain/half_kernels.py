@@ -12,9 +12,10 @@ Where the CPU has avx512_fp16, oneDNN multiplies float16 matrices itself, adds u
 without the passes that widen and round. Matrix products keep their kernels there, and so does arithmetic by element (+ - * /),
 which float16's kernels compute in float32 and round too. Alone that takes as long as float32's and a cast; the passes are saved
 between neighbours that both stay, so without the products it would not pay. What only moves values is made in both forms, and
-each reader takes its own. A product is rounded on its own there, before its bias. Arithmetic with a constant is replaced
-nevertheless: Grappler would put constants together in float16, in which they overflow. So is all of a function that is called
-inside another, whose gradient TensorFlow traces without asking for transforms, and float16's sums in it lose bits.
+each reader takes its own. A product is rounded on its own there, before its bias. What is added to a
+convolution is replaced nevertheless, so that it does not overflow before its bias, and so is arithmetic with a constant:
+Grappler would put constants together in float16, in which they overflow. So is all of a function that is called inside another,
+whose gradient TensorFlow traces without asking for transforms, and float16's sums in it lose bits.
 
 TensorFlow's CPU kernels for bfloat16 are fast, and most add up in float32. Those that add up in bfloat16, in which 256 + 1 is
 256, are replaced too: the gradient of a bias in a convolution comes out of them 60 % off, that of a much used row of
@@ -153,7 +154,9 @@ def _float16_kept(graph: tf.Graph) -> frozenset[tf.Operation]:
         of_constants = [tensor.op in constants for tensor in op.inputs]
         if op.type in ("Const", "Shape", "ShapeN", "Size", "Rank") or of_constants and all(of_constants):
             constants.add(op)
-        elif op.type in _MATRIX_PRODUCTS or op.type in _BY_ELEMENT and not any(of_constants):
+            continue
+        completes = op.type in _BY_ELEMENT and op.inputs[0].op.type in _FUSED_WITH_ADDITION
+        if op.type in _MATRIX_PRODUCTS or op.type in _BY_ELEMENT and not any(of_constants) and not completes:
             kept.add(op)
     return frozenset(kept)
 

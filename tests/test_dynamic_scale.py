@@ -26,6 +26,22 @@ def test_scale_grows_and_backs_off_as_in_the_table():
         assert scale_after(optimizer, outcomes, variable) == expected
 
 
+def test_step_at_which_the_scale_stays_computes_no_other_scale():
+    variable = tf.Variable([1.0, 2.0])
+    optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    optimizer.build([variable])
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            loss = optimizer.get_scaled_loss(tf.reduce_sum(variable))
+        gradients = optimizer.get_unscaled_gradients(tape.gradient(loss, [variable]))
+        optimizer.apply_gradients(zip(gradients, [variable], strict=True))
+
+    types = {op.type for op in step.get_concrete_function().graph.get_operations()}
+    assert not types & {"SelectV2", "Select", "Minimum"}  # they stand in the branch that moves the scale
+
+
 def test_hysteresis_waits_for_the_second_overflow_until_the_scale_grows_again():
     optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8, growth_interval=2, hysteresis=2)
     assert scale_after(optimizer, "x.xx..xx") == [8, 8, 4, 2, 2, 4, 4, 2]

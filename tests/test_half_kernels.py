@@ -43,16 +43,22 @@ def test_results_and_gradients_equal_those_of_float16_kernels_within_its_roundin
         assert difference <= 4e-3 * np.abs(theirs.numpy()).max()
 
 
-def live_operations(concrete) -> tuple[set[str], set[str]]:
-    """Returns the types of the operations that the outputs need, and of those among them that touch float16."""
-    live, todo = set(), [tensor.op for tensor in concrete.graph.outputs]
+def live(graph) -> set[tf.Operation]:
+    """Returns the operations that the outputs need."""
+    found, todo = set(), [tensor.op for tensor in graph.outputs]
     while todo:
         op = todo.pop()
-        if op not in live:
-            live.add(op)
+        if op not in found:
+            found.add(op)
             todo += [tensor.op for tensor in op.inputs]
-    half = {op.type for op in live if any(tensor.dtype == tf.float16 for tensor in (*op.inputs, *op.outputs))}
-    return {op.type for op in live}, half
+    return found
+
+
+def live_operations(concrete) -> tuple[set[str], set[str]]:
+    """Returns the types of the operations that the outputs need, and of those among them that touch float16."""
+    found = live(concrete.graph)
+    half = {op.type for op in found if any(tensor.dtype == tf.float16 for tensor in (*op.inputs, *op.outputs))}
+    return {op.type for op in found}, half
 
 
 def test_no_float16_arithmetic_is_left_in_the_pruned_graph(layer_inputs):
@@ -143,6 +149,16 @@ def test_elementwise_result_is_rounded_before_its_next_use(products):
     with float32_kernels(float16_products=products):
         ours = tf.function(cancel)(tf.constant(0.6))
     assert float(ours) == 0.0  # 2048.6 rounds to 2048 in float16
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_convolution_and_a_vector_added_to_it_are_rounded_once(products):
+    def layer(x, kernel, bias):
+        return tf.nn.conv2d(x, kernel, 1, "VALID") + bias
+
+    x, kernel, bias = half([[[[300.0]]]]), half([[[[300.0]]]]), half([-60000.0])
+    with float32_kernels(float16_products=products):
+        assert tf.function(layer)(x, kernel, bias).numpy().ravel().tolist() == [30000.0]  # 90,000 alone is inf in float16
 
 
 @pytest.mark.parametrize("products", [True, False])
@@ -394,12 +410,12 @@ def test_sums_and_products_by_element_give_the_same_bits_where_they_keep_the_ker
     kept, replaced = tf.function(function), tf.function(function)
     with float32_kernels(float16_products=False):
         ours = kept(a, b)
-        live = live_operations(kept.get_concrete_function(a, b))[1]
+        half_types = live_operations(kept.get_concrete_function(a, b))[1]
     with float32_kernels():
         theirs = replaced(a, b)
     assert ours.numpy().tobytes() == theirs.numpy().tobytes()
-    assert live >= {"AddV2", "Mul", "RealDiv", "Sub", "Transpose"}
-    assert not live & {"Relu", "Softmax"}
+    assert half_types >= {"AddV2", "Mul", "RealDiv", "Sub", "Transpose"}
+    assert not half_types & {"Relu", "Softmax"}
 
 
 def test_what_only_moves_values_costs_no_cast_between_neighbours_of_either_kind():
@@ -408,12 +424,7 @@ def test_what_only_moves_values_costs_no_cast_between_neighbours_of_either_kind(
     def casts(function) -> int:
         with float32_kernels(float16_products=False):
             graph = tf.function(function).get_concrete_function(a).graph
-        live, todo = set(), list(graph.outputs)
-        while todo:
-            op = todo.pop().op
-            live.add(op)
-            todo += op.inputs
-        return sum(op.type == "Cast" for op in live)
+        return sum(op.type == "Cast" for op in live(graph))
 
     assert casts(lambda a: tf.transpose(a * a) @ a) == 0
     assert casts(lambda a: tf.nn.softmax(tf.transpose(tf.nn.relu(a)))) == 2  # one in, one out
