@@ -12,8 +12,8 @@ from mptrain.hardware import Hardware
 OTHER_DTYPE_ON_CPUS = {(name, "mixed_float16"): "takes bfloat16" for name in ("lightning", "lightning_tuned")}
 LIGHTNING = "Lightning takes bfloat16 where it is asked for float16 on a CPU, so its rows there are not float16's."
 OTHERS = (
-    "Orbit's example does not scale losses. tf_keras, which it uses too, has TensorFlow's fused BatchNorm; Keras 3,"
-    " of which the models of mptrain, of the loop by hand and of Keras 3 fit are made, writes it in a dozen operations."
+    "Orbit's example does not scale losses. Of Keras 3's layers are the models of mptrain, of the loop by hand and of Keras 3"
+    " fit. They write BatchNorm in a dozen operations; mptrain puts TensorFlow's fused one there, and tf_keras has that itself."
     " Keras 3 fit updates a transformer's embeddings otherwise than all others: where a byte stands several times in a batch,"
     " Keras 3's Adam squares its gradients one by one and not their sum."
 )

@@ -11,6 +11,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mptrain import (
+    batch_norm,
     checkpointed,
     config_check,
     data,
@@ -98,8 +99,7 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             self.randomness = StepRandomness(config.seed, self.global_step, config.data.batch_size)
             with self.precision.scope():
                 self.model = self.build_model()
-                if config.devices.sync_batch_norm:
-                    keras_compat.synchronize_batch_norm(self.model)
+                batch_norm.prepare(self.model, synchronized=config.devices.sync_batch_norm)
                 trainer_check.create_variables(self)
             held = self.precision.hold_float32_layers(self.model)
             self.metrics = {"loss": keras.metrics.Mean("loss"), **trainer_check.other_metrics(self)}
