@@ -5,7 +5,7 @@ changes is how often the activations are read and written, and that 16-bit ones 
 is a third (float32) to a half (bfloat16) of a residual network's step.
 
 Keras has no public place for this: a layer's `call` is replaced, that of the class itself alone. `tests/test_batch_norm.py`
-fails when Keras computes anything else. tf_keras takes the fused kernel by itself.
+fails when Keras computes anything else. tf_keras takes the fused kernel by itself, for images and volumes.
 """
 
 import functools
@@ -16,13 +16,14 @@ import tensorflow as tf
 from mptrain import keras_compat
 
 _DTYPES = ("float32", "float16", "bfloat16")  # that the kernel takes
+_LEAST_EPSILON = 1.001e-5  # that cuDNN takes; tf_keras raises a smaller one to this
 
 
 def prepare(model, *, synchronized: bool) -> None:
-    """Makes the BatchNorm layers of a model, built or not, fused, or normalize over the batches of all replicas together.
+    """Makes the BatchNorm layers in a model fused, or normalize over the batches of all replicas together.
 
     Args:
-        model: a Keras model of either generation, or a `tf.Module` with Keras layers in it.
+        model: a Keras model of either generation, or a `tf.Module` with Keras layers in it; its layers are there already.
         synchronized: which of the two; the fused kernel knows its own replica only.
     """
     if synchronized:
@@ -35,10 +36,10 @@ def prepare(model, *, synchronized: bool) -> None:
 
 def _call(layer, inputs, training=None, mask=None):
     """What the layer's own `call` does, by the fused kernel where that can do what the layer is told to, and pays."""
-    moves = training and layer.trainable
-    if (moves and mask is not None) or not _can_be_fused(layer, inputs) or not _pays(layer, inputs):
+    moves = bool(training and layer.trainable)
+    if mask is not None or not _can_be_fused(layer, inputs) or not _pays(layer, inputs, moves):
         return type(layer).call(layer, inputs, training=training, mask=mask)
-    channels = inputs.shape[-1]
+    channels = layer.moving_mean.shape[0]
     known = (tf.zeros([0]),) * 2 if moves else (layer.moving_mean, layer.moving_variance)
     outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=inputs if inputs.shape.rank == 4 else tf.reshape(inputs, [1, 1, -1, channels]),
@@ -47,33 +48,37 @@ def _call(layer, inputs, training=None, mask=None):
         mean=known[0],
         variance=known[1],
         epsilon=layer.epsilon,
-        is_training=bool(moves),
+        is_training=moves,
     )
     if moves:
-        # The kernel's variance is divided by one less than the number of values, Keras's by that number.
+        # The kernel's variance is divided by one less than the number of values, Keras's by that number. Of one value alone
+        # it is what the device makes of 0 / 0, and should be 0.
         number = tf.cast(tf.size(inputs) // channels, tf.float32)
         _move(layer.moving_mean, mean, layer.momentum)
-        _move(layer.moving_variance, variance * ((number - 1.0) / number), layer.momentum)
+        _move(layer.moving_variance, tf.math.multiply_no_nan(variance, (number - 1.0) / number), layer.momentum)
     return outputs if inputs.shape.rank == 4 else tf.reshape(outputs, tf.shape(inputs))
 
 
 def _can_be_fused(layer, inputs) -> bool:
     last = layer.axis in (-1, inputs.shape.rank - 1)
-    plain = not (layer.renorm or layer.synchronized)
+    renormalizes = getattr(layer, "renorm", False)  # which came after Keras 3.12
+    plain = not (renormalizes or layer.synchronized) and layer.epsilon >= _LEAST_EPSILON
     one_dtype = inputs.dtype.name == layer.compute_dtype and layer.compute_dtype in _DTYPES
     return last and plain and one_dtype and all(variable.dtype == "float32" for variable in layer.variables)
 
 
-def _pays(layer, inputs) -> bool:
+def _pays(layer, inputs, moves: bool) -> bool:
     """Whether the fused kernel is faster than Keras's operations, which on a CPU it is for large batches alone.
 
     It costs 0.1 ms for however little: 32,768 numbers take twice as long as by Keras, 131,072 half as long. And oneDNN has no
     fast one where channels do not fill its vectors: in bfloat16 8, 24 or 50 of them take twice to three times as long.
+
+    On a GPU it is left to Keras to apply known statistics: the kernel's gradient there is not deterministic.
     """
     if "CPU" not in keras_compat.raw(layer.moving_mean).device:
-        return True
+        return moves
     number = inputs.shape.num_elements()  # None: a batch of any size
-    return inputs.shape[-1] % 16 == 0 and (number is None or number > 2**16)
+    return layer.moving_mean.shape[0] % 16 == 0 and (number is None or number > 2**16)
 
 
 def _move(average, value: tf.Tensor, momentum: float) -> None:

@@ -188,9 +188,10 @@ def kernels(
     on_cpu = not any(kind in device for device in local_devices(strategy) for kind in ("GPU", "TPU"))
     asked = jit_compile != "auto"
     if jit_compile is True:
-        if on_cpu and strategy.num_replicas_in_sync > 1:
+        if on_cpu and isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
             raise InputError(
-                "config.train.jit_compile is True with several CPU replicas: XLA cannot compile their all-reduce; write 'auto'"
+                f"config.train.jit_compile is True with {type(strategy).__name__} on CPUs: XLA cannot compile its all-reduce,"
+                " not even of one replica; write 'auto'"
             )
         slow = on_cpu and tf.float16 in dtypes
         return Kernels(True, False, "XLA compiles the step" + "; its float16 convolutions are slow on a CPU" * slow, asked)

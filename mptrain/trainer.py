@@ -99,8 +99,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             self.randomness = StepRandomness(config.seed, self.global_step, config.data.batch_size)
             with self.precision.scope():
                 self.model = self.build_model()
-                batch_norm.prepare(self.model, synchronized=config.devices.sync_batch_norm)
                 trainer_check.create_variables(self)
+                batch_norm.prepare(self.model, synchronized=config.devices.sync_batch_norm)
             held = self.precision.hold_float32_layers(self.model)
             self.metrics = {"loss": keras.metrics.Mean("loss"), **trainer_check.other_metrics(self)}
         metric_check.check(config, self.metrics)

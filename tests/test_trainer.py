@@ -184,10 +184,11 @@ def test_xla_compiles_the_whole_step(config):
     assert train(trainer, 20)["loss"] < first
 
 
-def test_xla_with_several_cpu_replicas_is_refused(config, mirrored):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_xla_with_mirrored_cpus_is_refused(config, mirrored, replicas):
     config.train.jit_compile = True
     with pytest.raises(InputError, match="jit_compile"):
-        trainers.TinyTrainer(config, mirrored(2))
+        trainers.TinyTrainer(config, mirrored(replicas))
 
 
 def test_batch_that_replicas_cannot_share_is_refused(config, mirrored):
@@ -204,6 +205,15 @@ def test_scalar_loss_is_refused_with_the_reason(config):
 def test_step_that_returns_nothing_is_refused_with_the_reason(config):
     with pytest.raises(InputError, match="return applied"):
         trainers.ForgetfulTrainer(config).train(tf.constant(1))
+
+
+def test_build_model_that_returns_nothing_is_refused_with_the_reason(config):
+    class Returnless(trainers.TinyTrainer):
+        def build_model(self):
+            super().build_model()
+
+    with pytest.raises(InputError, match="returns None: return the model"):
+        Returnless(config)
 
 
 def test_float16_that_no_layer_computes_in_is_refused(config):
