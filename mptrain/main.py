@@ -88,6 +88,10 @@ def _quieten(argv: list[str]) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses `argv`; all mistakes in flags and config are told together, of those that keep the file from loading the first."""
     line = command_line.read(argv)
+    file = command_line.given(argv).get("config")
+    fields = [argument for argument in argv[1:] if re.match(r"--?(no)?config\.", argument)]
+    if fields and not file:
+        _exit_with([*line.faults, f"{fields[0]} changes a field of a config file: add --config=FILE"])
     sys.argv[1:] = line.argv[1:]  # where ml_collections looks for the flags of fields
     try:
         remaining = flags.FLAGS(line.argv)
@@ -95,7 +99,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
         getattr(config, "keys", None)  # a file that did not load raises when it is first looked at
     except Exception as error:  # the config file is the user's code: whatever it raises is told in one line
         _exit_with([*line.faults, _flag_message(argv, error)])
-    file = command_line.given(argv).get("config")
     if file and not isinstance(config, ConfigDict):
         _exit_with([*line.faults, f"{file}: get_config() returns {config!r}: end it with `return config`"])
     if config is not None:

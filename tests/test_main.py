@@ -163,6 +163,12 @@ def test_no_config_at_all_is_refused(command):
     assert_refused(command(), "no config given: write --config=FILE")
 
 
+@pytest.mark.parametrize("flag", ["--config.seed=3", "--noconfig.loss_scale.dynamic", "--config.optimizer.options.kind=a"])
+def test_a_field_without_a_config_is_refused(command, tmp_path, flag):
+    message = f"{flag} changes a field of a config file: add --config=FILE"
+    assert_refused(command("--mode=export", f"--workdir={tmp_path / 'run'}", flag), message)
+
+
 @pytest.mark.slow
 def test_workdir_of_another_run_is_refused_and_left_as_it_was(command, tiny, tmp_path):
     command(f"--config={tiny}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=20")
