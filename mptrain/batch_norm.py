@@ -19,19 +19,20 @@ _DTYPES = ("float32", "float16", "bfloat16")  # that the kernel takes
 _LEAST_EPSILON = 1.001e-5  # that cuDNN takes; tf_keras raises a smaller one to this
 
 
-def prepare(model, *, synchronized: bool) -> None:
+def prepare(model, *, synchronized: bool = False, compiled: bool = False) -> None:
     """Makes the BatchNorm layers in a model fused, or normalize over the batches of all replicas together.
 
     Args:
         model: a Keras model of either generation, or a `tf.Module` with Keras layers in it; its layers are there already.
-        synchronized: which of the two; the fused kernel knows its own replica only.
+        synchronized: whether over all replicas; the fused kernel knows its own only.
+        compiled: whether XLA compiles the step. It fuses Keras's operations itself, into less than it makes of the kernel.
     """
     if synchronized:
         keras_compat.synchronize_batch_norm(model)
-        return
-    for layer in keras_compat.all_layers(model):
-        if type(layer) is keras.layers.BatchNormalization:  # what a subclass changes is not known
-            layer.call = functools.partial(_call, layer)
+    elif not compiled:
+        for layer in keras_compat.all_layers(model):
+            if type(layer) is keras.layers.BatchNormalization:  # what a subclass changes is not known
+                layer.call = functools.partial(_call, layer)
 
 
 def _call(layer, inputs, training=None, mask=None):

@@ -100,7 +100,8 @@ class Trainer(orbit.StandardTrainer, orbit.StandardEvaluator):
             with self.precision.scope():
                 self.model = self.build_model()
                 trainer_check.create_variables(self)
-                batch_norm.prepare(self.model, synchronized=config.devices.sync_batch_norm)
+                compiled = config.train.jit_compile is True
+                batch_norm.prepare(self.model, synchronized=config.devices.sync_batch_norm, compiled=compiled)
             held = self.precision.hold_float32_layers(self.model)
             self.metrics = {"loss": keras.metrics.Mean("loss"), **trainer_check.other_metrics(self)}
         metric_check.check(config, self.metrics)

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import mptrain
 from mptrain import batch_norm
+from mptrain.config import set_field
 from mptrain.half_kernels import float32_kernels
 from tests.trainers import TinyTrainer
 
@@ -22,7 +23,7 @@ def normalized(fuses: bool, inputs: tf.Tensor, training: bool = True, **options)
     for place, variable in enumerate(layer.variables):
         variable.assign(0.5 + tf.random.stateless_uniform(variable.shape, [place, 7]))
     if fuses:
-        batch_norm.prepare(keras.Sequential([layer]), synchronized=False)
+        batch_norm.prepare(keras.Sequential([layer]))
     weights = tf.cast(tf.random.stateless_normal(inputs.shape, [8, 8]), inputs.dtype)
 
     @tf.function
@@ -116,7 +117,7 @@ def test_a_subclass_and_masked_inputs_are_left_to_keras():
 def kernels(layer, inputs, **options) -> list[str]:
     """Returns the fused kernels in a call of a layer."""
     layer.build(inputs.shape)
-    batch_norm.prepare(keras.Sequential([layer]), synchronized=False)
+    batch_norm.prepare(keras.Sequential([layer]))
     return fused(tf.function(lambda inputs: layer(inputs, **{"training": True, **options})).get_concrete_function(inputs))
 
 
@@ -130,7 +131,7 @@ def test_batches_of_any_size_are_normalized(sizes):
     for layer in layers:
         layer.build((None, 16))
     ours, by_keras = layers
-    batch_norm.prepare(keras.Sequential([ours]), synchronized=False)
+    batch_norm.prepare(keras.Sequential([ours]))
     run = tf.function(lambda inputs: ours(inputs, training=True), input_signature=[tf.TensorSpec(sizes)])
     assert fused(run.get_concrete_function())
     for size in (1, 2, 100):
@@ -146,7 +147,7 @@ def test_gradients_of_gradients_are_those_of_keras():
         layer = keras.layers.BatchNormalization()
         layer.build(inputs.shape)
         if fuses:
-            batch_norm.prepare(keras.Sequential([layer]), synchronized=False)
+            batch_norm.prepare(keras.Sequential([layer]))
         with tf.GradientTape() as outer:
             outer.watch(inputs)
             with tf.GradientTape() as inner:
@@ -164,14 +165,14 @@ def test_inside_other_layers_too():
         return keras.Sequential([keras.Input(SHAPE[1:]), normalized, nested])
 
     ours, by_keras = model(), model()
-    batch_norm.prepare(ours, synchronized=False)
+    batch_norm.prepare(ours)
     assert len(fused(tf.function(lambda inputs: ours(inputs, training=True)).get_concrete_function(batch()))) == 2
     assert distance(ours(batch(), training=True).numpy(), by_keras(batch(), training=True).numpy()) < 1e-2
 
 
 def test_a_saved_model_is_plain_keras(tmp_path):
     model = keras.Sequential([keras.Input(SHAPE[1:]), keras.layers.BatchNormalization()])
-    batch_norm.prepare(model, synchronized=False)
+    batch_norm.prepare(model)
     expected = model(batch(), training=True)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -232,20 +233,20 @@ def test_a_skipped_step_leaves_the_moving_statistics_of_the_fused_kernel_alone(w
         assert (moved != value).any(), path
 
 
-def test_layers_that_normalize_over_all_replicas_do_not_take_the_kernel(wide):
-    wide.devices.sync_batch_norm = True
+@pytest.mark.parametrize("field", ["devices.sync_batch_norm", "train.jit_compile"])
+def test_no_kernel_where_replicas_normalize_together_or_xla_fuses(wide, field):
+    set_field(wide, field, True)
     assert not fused_in_training(WideTrainer(wide))
 
 
-@pytest.mark.parametrize(("replicas", "jit_compile"), [(1, True), (2, False)])
-def test_a_trainer_with_the_kernel_trains_as_one_without(wide, mirrored, replicas, jit_compile, monkeypatch):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_trainer_with_the_kernel_trains_as_one_without(wide, mirrored, replicas, monkeypatch):
     wide.precision.policy = "float32"
     wide.data.batch_size = 100 * replicas
-    wide.train.jit_compile = jit_compile
     states = []
-    for prepare in (batch_norm.prepare, lambda model, *, synchronized: None):
+    for prepare in (batch_norm.prepare, lambda model, **options: None):
         monkeypatch.setattr(batch_norm, "prepare", prepare)
-        trainer = WideTrainer(wide, mirrored(replicas) if replicas > 1 else None)
+        trainer = WideTrainer(wide, mirrored(replicas))
         trainer.train(tf.constant(1))
         states.append({path: variable.numpy() for path, variable in trainer.state.items()})
         assert np.isfinite(trainer.evaluate(tf.constant(trainer.eval_steps))["loss"])
