@@ -1,7 +1,7 @@
 # make train [ARGS="--config.train.steps=200"]   sets up .venv and trains MNIST
 # make test | make test-fast                     all tests | without the slow ones
 # make lint                                      ruff
-# make bench [ARGS=--quick]                      mptrain beside its peers, into benchmarks/RESULTS.md, in 40 (6) minutes
+# make bench [ARGS=--quick]                      mptrain beside its peers, into benchmarks/RESULTS.md, in an hour (6 minutes)
 # make bench-torch                               PyTorch and Lightning for it, in a Python of their own
 PYTHON ?= python3
 CONFIG ?= configs/mnist.py

@@ -104,7 +104,8 @@ def ratio_table(results: targets.Results, here: Hardware) -> list[str]:
             if turns is not None and (name, precision) not in other_dtype:
                 ratios[name] = frame.ratio(turns, base)[0][1]
         fastest = min(ratios.values(), default=1.0)
-        shown = {name: f"**{ratio:.2f}**" if ratio == fastest < 1 else f"{ratio:.2f}" for name, ratio in ratios.items()}
+        shown = {name: f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.2g}" for name, ratio in ratios.items()}
+        shown = {name: f"**{text}**" if ratios[name] == fastest < 1 else text for name, text in shown.items()}
         cells = [shown.get(name, other_dtype.get((name, precision), "")) for name in names]
         lines.append(f"| {work} | {precision} | {' | '.join(cells)} |")
     return [*lines, ""]
