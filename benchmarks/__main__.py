@@ -4,7 +4,7 @@
     python -m benchmarks --works mlp cnn --precisions float32 --contestants hand mptrain
 
 Measures mptrain beside its peers, then start and memory, growth, a long run and the fidelity of float16, each of which is
-also a command of its own (see `document.py`). Takes about an hour on two idle cores, with --quick about six minutes (float32 and
+also a command of its own (see `document.py`). Takes about an hour on two idle cores, with --quick six minutes (float32 and
 mixed_float16, two works, no Orbit and no PyTorch). Runs unattended: what fails or is not installed says so in its row, and
 after the time that --minutes gives, no further case is begun. Choosing works, precisions or contestants compares those alone
 and only prints; with --out the file is written, and keeps the other cases that RESULTS.json holds of this machine. The exit
