@@ -17,6 +17,10 @@ from mptrain.hardware import hardware
 
 ROUNDS = 10  # after the warm-up
 QUICK_ROUNDS = 5
+HOW_TO_READ = (
+    "Operations that both sides have, with the same numbers, are TensorFlow's own work, which no loop around them changes. Times"
+    " are added up over threads, so they are more than the clock's; see `operations.py`."
+)
 SCALED = ("mlp", "cnn")  # loss scaling alone: where operations take the time, and where arithmetic does
 SCALING_FACTOR = 3  # more rounds for loss scaling alone, whose differences are a hundredth of the second's step
 QUICK = {
@@ -159,8 +163,9 @@ class Comparison:
 
     def _profiles(self) -> list[str]:
         """Returns a profile of both sides of each target that is missed."""
-        lines = []
-        for target in targets.missed(self._cases.results(), self._here):
+        missed = targets.missed(self._cases.results(), self._here)
+        lines = [HOW_TO_READ, ""] if missed else []
+        for target in missed:
             precisions = f"{target.precision}" + (f" against {target.their_precision}" if target.their_precision else "")
             lines += [f"### {target.what}: {target.work}, {precisions}", ""]
             command = [sys.executable, "-m", "benchmarks.operations", target.work, target.precision, target.ours, target.theirs]

@@ -73,8 +73,11 @@ TARGETS = (
     Target("mptrain against Lightning", "cnn", "float32", "mptrain", "lightning", 0.45),
     Target(f"{_SCALING} against Keras's Adam alone", "cnn", "float32", "scaled", "unscaled", 1.03),
     Target(f"{_SCALING}, dynamic scale against a fixed one of 1", "cnn", "float32", "scaled", "scaled_by_1", 1.03),
-    Target(f"{_SCALING} against Keras 3's", "cnn", "float32", "scaled", "scaled_keras", 1.0, faster=True),
-    Target(f"{_SCALING} against tf_keras's", "cnn", "float32", "scaled", "scaled_tf_keras", 1.0, faster=True),
+    *(
+        Target(f"{_SCALING} against {name}'s", work, "float32", "scaled", theirs, 1.0, faster=True)
+        for work in ("cnn", "mlp")
+        for name, theirs in (("Keras 3", "scaled_keras"), ("tf_keras", "scaled_tf_keras"))
+    ),
     *(
         Target(
             "mptrain in mixed_float16 against float32",

@@ -52,11 +52,12 @@ def on_cpu() -> bool:
 
 
 def faster_with_xla(case: Case) -> bool:
-    """Whether XLA makes a step faster on a CPU: where float16's kernels take the time.
+    """Whether XLA makes a step faster on a CPU: where float16's kernels take the time, but for the smallest work.
 
-    Not in the smallest work, unless the CPU has avx512_fp16: there TensorFlow takes 1.2 ms for every product with a bias,
-    however small. Large products are fast there, and XLA's take a hundred times as long.
+    With avx512_fp16 TensorFlow's products of large matrices are fast, and XLA's take a hundred times as long; but it takes
+    1.2 ms for every product with a bias, however small. Of convolutions XLA makes the small ones faster, not the large ones.
     """
     if not on_cpu() or case.precision != "mixed_float16":
         return False
-    return case.work.name != ("transformer" if "avx512_fp16" in hardware().cpu_features else "mlp")
+    fast_products = "avx512_fp16" in hardware().cpu_features
+    return case.work.name in (("mlp", "resnet") if fast_products else ("cnn", "resnet", "transformer"))
