@@ -18,8 +18,8 @@ from mptrain.hardware import hardware
 ROUNDS = 10  # after the warm-up
 QUICK_ROUNDS = 5
 HOW_TO_READ = (
-    "Operations that both sides have, with the same numbers, are TensorFlow's own work, which no loop around them changes. Times"
-    " are added up over threads, so they are more than the clock's; see `operations.py`."
+    "Operations that both sides have, with the same numbers, are TensorFlow's own work, which no loop around them changes."
+    " Times are added up over threads, so they are more than the clock's; see `operations.py`."
 )
 SCALED = ("mlp", "cnn")  # loss scaling alone: where operations take the time, and where arithmetic does
 SCALING_FACTOR = 3  # more rounds for loss scaling alone, whose differences are a hundredth of the second's step

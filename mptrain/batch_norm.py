@@ -69,17 +69,19 @@ def _can_be_fused(layer, inputs) -> bool:
 
 
 def _pays(layer, inputs, moves: bool) -> bool:
-    """Whether the fused kernel is faster than Keras's operations, which on a CPU it is for large batches alone.
+    """Whether the fused kernel is faster than Keras's operations.
 
-    It costs 0.1 ms for however little: 32,768 numbers take twice as long as by Keras, 131,072 half as long. And oneDNN has no
-    fast one where channels do not fill its vectors: in bfloat16 8, 24 or 50 of them take twice to three times as long.
+    On a CPU it costs 0.1 ms for however little: of 32,768 numbers statistics take twice as long as by Keras, of 131,072 half as
+    long. Where they are known the size is not asked: an export, which takes any number of examples, must give the bits of the
+    evaluation. And oneDNN has no fast kernel where channels do not fill its vectors: in bfloat16 8, 24 or 50 of them take twice
+    to three times as long.
 
     On a GPU it is left to Keras to apply known statistics: the kernel's gradient there is not deterministic.
     """
     if "CPU" not in keras_compat.raw(layer.moving_mean).device:
         return moves
     number = inputs.shape.num_elements()  # None: a batch of any size
-    return layer.moving_mean.shape[0] % 16 == 0 and (number is None or number > 2**16)
+    return layer.moving_mean.shape[0] % 16 == 0 and (not moves or number is None or number > 2**16)
 
 
 def _move(average, value: tf.Tensor, momentum: float) -> None:
