@@ -16,7 +16,7 @@ import tensorflow as tf
 from mptrain import keras_compat
 
 _DTYPES = ("float32", "float16", "bfloat16")  # that the kernel takes
-_LEAST_EPSILON = 1.001e-5  # that cuDNN takes; tf_keras raises a smaller one to this
+_LEAST_EPSILON = 1.001e-5  # that cuDNN takes
 
 
 def prepare(model, *, synchronized: bool = False, compiled: bool = False) -> None:
